@@ -68,7 +68,7 @@ class Sample:
     logps       log-probability of each in the distribution that it was drawn from, after temperature and filters (greedy: 0)
     raw_logps   log-probability of each in the model's own distribution: temperature 1, whole vocabulary
     version     of the weights that drew the first token; later ones may come from newer weights (`Engine.load_weights`)
-    routes      (prompt + tokens - 1, L, K) experts chosen, L the routed layers in order; the last token was never fed
+    routes      (prompt + tokens - 1, L, K) int16, experts chosen in the L routed layers in order; the last token was never fed
     """
 
     tokens: list[int]
@@ -125,11 +125,13 @@ class Sequence:
         """Keep the experts of the tokens just computed. What was recorded before a preemption stays: it made the logps."""
         seen = self.routed - self.computed
         if seen < len(routes_TLK):
-            self.routes.append(routes_TLK[seen:])
+            self.routes.append(routes_TLK[seen:].clone())  # not a view: it would keep the whole batch's alive
             self.routed = self.computed + len(routes_TLK)
 
     def sample(self, reason: StopReason, version: int) -> Sample:
         """The answer as it stands. `version` counts where nothing was drawn yet."""
+        with torch.inference_mode(False):  # the trainer's autograd refuses tensors made in inference mode
+            routes = torch.cat(self.routes) if self.routes else None
         return Sample(
             tokens=self.tokens[self.prompt_length :],
             logps=self.logps,
@@ -137,5 +139,5 @@ class Sequence:
             stop_reason=reason,
             version=version if self.version is None else self.version,
             logprobs=self.logprobs if self.params.logprobs else None,
-            routes=torch.cat(self.routes) if self.routes else None,
+            routes=routes,
         )

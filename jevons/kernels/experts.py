@@ -7,7 +7,9 @@ activation before the down projection (the product is linear), which is narrower
 are written together so that only the inputs, the pre-activation and the sorting survive between them.
 Not done: expert parallelism, which replaces the dispatch and leaves these products alone.
 
-    x_TD --gather by expert--> x_MD --grouped--> [gate | up]_MF2 --silu*up*weight--> a_MF --grouped--> y_MD --sum K--> y_TD
+    x_TD --gather by expert--> x_XD --grouped--> [gate | up]_XF --silu*up*weight--> a_XF --grouped--> y_XD --sum K--> y_TD
+
+X are rows sorted by expert, padding included where `Dispatch` adds some.
 """
 
 from __future__ import annotations
@@ -42,47 +44,97 @@ def experts(x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, gate_up_EFD: T
     return _Experts.apply(x_TD, experts_TK, weights_TK, gate_up_EFD, down_EDF)
 
 
-def _swiglu(gate_up_MF: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    gate, up = gate_up_MF.chunk(2, dim=-1)
-    return gate, up, torch.sigmoid(gate), F.silu(gate) * up
+class Dispatch:
+    """Where each (token, choice) pair goes: rows grouped by expert, each group possibly padded.
+
+    On a GPU groups follow one another without padding and no host wait. On the CPU every new row count costs oneDNN about
+    a millisecond of code generation, ten times the product itself, so groups are padded to a multiple of 32 rows; and where
+    the experts are busy enough alike, to one common size, since one batched product is twice as fast as a grouped one. A
+    padding row repeats token 0 with weight 0, and everything it touches is multiplied by its weight.
+    """
+
+    ALIGNMENT = 32
+    WASTE = 1.5  # a batched product may do this much more work than the grouped one it replaces
+
+    def __init__(self, experts_TK: Tensor, weights_TK: Tensor, num_experts: int, dtype: torch.dtype) -> None:
+        T, K = experts_TK.shape
+        M, device = T * K, experts_TK.device
+        flat_M = experts_TK.reshape(-1)
+        order_M = flat_M.argsort(stable=True)  # stable: the same sums in the same order every time
+        sorted_M = flat_M[order_M]
+        # boundaries by search, not bincount: no host wait and no atomics
+        ends_E = torch.searchsorted(sorted_M, torch.arange(num_experts, device=device), right=True)
+        self.batched, rows, row_M = False, M, torch.arange(M, device=device)
+        if device.type == "cpu" and 16 * num_experts <= M:
+            counts_E = ends_E.diff(prepend=ends_E.new_zeros(1))
+            padded_E = (counts_E + self.ALIGNMENT - 1) // self.ALIGNMENT * self.ALIGNMENT
+            largest = int(padded_E.max())
+            self.batched = largest * num_experts <= self.WASTE * int(padded_E.sum())
+            if self.batched:
+                padded_E = torch.full_like(padded_E, largest)
+            row_M = row_M + (padded_E.cumsum(0) - padded_E - ends_E + counts_E)[sorted_M]
+            ends_E = padded_E.cumsum(0)
+            rows = int(ends_E[-1])
+        self.ends_E, self.num_experts = ends_E.to(torch.int32), num_experts
+        self.row_M = torch.empty_like(order_M)  # pair -> row
+        self.row_M[order_M] = row_M
+        self.token_X = torch.zeros(rows, dtype=torch.int64, device=device)  # row -> token
+        self.token_X[row_M] = order_M // K
+        self.weight_X1 = torch.zeros(rows, 1, dtype=dtype, device=device)
+        self.weight_X1[row_M, 0] = weights_TK.reshape(-1)[order_M].to(dtype)
+
+    def product(self, x_XA: Tensor, w_EAB: Tensor) -> Tensor:
+        """Each group's rows times its expert's matrix."""
+        if self.batched:
+            return torch.bmm(x_XA.unflatten(0, (self.num_experts, -1)), w_EAB).flatten(0, 1)
+        return F.grouped_mm(x_XA, w_EAB, offs=self.ends_E)
+
+    def outer(self, y_XB: Tensor, x_XA: Tensor) -> Tensor:
+        """Each group's y^T x: the gradient (E, B, A) of a weight."""
+        if self.batched:
+            y_EXB, x_EXA = (z.unflatten(0, (self.num_experts, -1)) for z in (y_XB, x_XA))
+            return torch.bmm(y_EXB.transpose(1, 2), x_EXA)
+        return F.grouped_mm(y_XB.t(), x_XA, offs=self.ends_E)
+
+    def combine(self, y_XD: Tensor, K: int) -> Tensor:
+        """Add the K rows of each token."""
+        return y_XD[self.row_M].unflatten(0, (-1, K)).sum(1)
 
 
 class _Experts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor) -> Tensor:
-        T, K = experts_TK.shape
-        E = gate_up_EFD.shape[0]
-        sorted_M, order_M = experts_TK.reshape(-1).sort(stable=True)  # stable: the same sums in the same order every time
-        # boundaries by search, not bincount: no host synchronisation and no atomics
-        ends_E = torch.searchsorted(sorted_M, torch.arange(E, device=sorted_M.device), right=True).to(torch.int32)
-        token_M = order_M // K
-        inverse_M = torch.empty_like(order_M)
-        inverse_M[order_M] = torch.arange(T * K, device=order_M.device)
-        weight_M = weights_TK.reshape(-1)[order_M].to(x_TD.dtype)
-
-        gate_up_MF = F.grouped_mm(x_TD[token_M], gate_up_EFD.transpose(1, 2), offs=ends_E)
-        *_, activation_MF = _swiglu(gate_up_MF)
-        y_MD = F.grouped_mm(activation_MF.mul_(weight_M[:, None]), down_EDF.transpose(1, 2), offs=ends_E)
-        ctx.save_for_backward(x_TD, weights_TK, gate_up_EFD, down_EDF, gate_up_MF, weight_M, order_M, inverse_M, ends_E)
-        return y_MD[inverse_M].view(T, K, -1).sum(1)
+        go = Dispatch(experts_TK, weights_TK, gate_up_EFD.shape[0], x_TD.dtype)
+        gate_up_XF = go.product(x_TD[go.token_X], gate_up_EFD.transpose(1, 2))
+        gate, up = gate_up_XF.chunk(2, dim=-1)
+        activation_XF = F.silu(gate).mul_(up).mul_(go.weight_X1)
+        y_XD = go.product(activation_XF, down_EDF.transpose(1, 2))
+        ctx.save_for_backward(x_TD, weights_TK, gate_up_EFD, down_EDF, gate_up_XF)
+        ctx.go = go
+        return go.combine(y_XD, weights_TK.shape[1])
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         (grad_TD,) = grads
-        x_TD, weights_TK, gate_up_EFD, down_EDF, gate_up_MF, weight_M, order_M, inverse_M, ends_E = ctx.saved_tensors
-        T, K = weights_TK.shape
-        token_M = order_M // K
-        grad_MD = grad_TD[token_M]
-        gate_MF, up_MF, sigmoid_MF, activation_MF = _swiglu(gate_up_MF)
+        x_TD, weights_TK, gate_up_EFD, down_EDF, gate_up_XF = ctx.saved_tensors
+        go: Dispatch = ctx.go
+        K = weights_TK.shape[1]
+        gate, up = gate_up_XF.chunk(2, dim=-1)
+        sigmoid = torch.sigmoid(gate)
+        silu = gate * sigmoid
+        activation = silu * up
 
-        grad_scaled_MF = F.grouped_mm(grad_MD, down_EDF, offs=ends_E)
-        grad_down_EDF = F.grouped_mm(grad_MD.t(), activation_MF * weight_M[:, None], offs=ends_E)
-        grad_weight_M = (grad_scaled_MF * activation_MF).sum(-1, dtype=torch.float32)
-        grad_activation_MF = grad_scaled_MF.mul_(weight_M[:, None])
-        grad_gate_MF = grad_activation_MF * up_MF * sigmoid_MF * (1 + gate_MF * (1 - sigmoid_MF))
-        grad_up_MF = grad_activation_MF * gate_MF * sigmoid_MF
-        grad_gate_up_MF = torch.cat((grad_gate_MF, grad_up_MF), dim=-1)
-        grad_gate_up_EFD = F.grouped_mm(grad_gate_up_MF.t(), x_TD[token_M], offs=ends_E)
-        grad_x_TD = F.grouped_mm(grad_gate_up_MF, gate_up_EFD, offs=ends_E)[inverse_M].view(T, K, -1).sum(1)
-        grad_weights_TK = grad_weight_M[inverse_M].view(T, K).to(weights_TK.dtype)
+        grad_XD = grad_TD[go.token_X]
+        grad_scaled = go.product(grad_XD, down_EDF)
+        grad_down_EDF = go.outer(grad_XD, activation * go.weight_X1)
+        grad_weights_TK = (grad_scaled * activation).sum(-1, dtype=torch.float32)[go.row_M].unflatten(0, (-1, K)).to(weights_TK.dtype)
+        grad_activation = grad_scaled.mul_(go.weight_X1)
+        # d silu(g) / dg = sigmoid(g) + silu(g) (1 - sigmoid(g))
+        grad_gate_up_XF = torch.empty_like(gate_up_XF)
+        grad_gate, grad_up = grad_gate_up_XF.chunk(2, dim=-1)
+        torch.mul(grad_activation, silu, out=grad_up)
+        torch.addcmul(sigmoid, silu, 1 - sigmoid, out=grad_gate)
+        grad_gate.mul_(up).mul_(grad_activation)
+        grad_gate_up_EFD = go.outer(grad_gate_up_XF, x_TD[go.token_X])
+        grad_x_TD = go.combine(go.product(grad_gate_up_XF, gate_up_EFD), K)
         return grad_x_TD, None, grad_weights_TK, grad_gate_up_EFD, grad_down_EDF

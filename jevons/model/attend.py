@@ -42,9 +42,9 @@ def expand_latent(ckv_TC: Tensor, kpe_TR: Tensor, w_kvb: Tensor, heads: int, v_w
 class Packed:
     """Causal attention inside each segment of flat tokens.
 
-    `cu_seqlens` (S + 1,) are the segments' boundaries, from 0 to T, best given on the CPU; `device` is the tokens'. Segments are grouped by length into power-of-two
-    buckets and padded inside a bucket, so that the work is at most twice the true one and the number of kernel calls is
-    the logarithm of the longest length; segments of one length need no copy at all.
+    `cu_seqlens` (S + 1,) are the segments' boundaries, from 0 to T, best given on the CPU; `device` is the tokens'.
+    Segments are grouped by length into power-of-two buckets and padded inside a bucket, so that the work is at most twice
+    the true one and the number of kernel calls is the logarithm of the longest length; segments of one length need no copy.
     """
 
     def __init__(self, cu_seqlens: Tensor, device: torch.device | str | None = None) -> None:

@@ -88,7 +88,7 @@ class ModelConfig:
                 if getattr(self, name) < 1:
                     raise ValueError(f"{name}: must be at least 1 where kv_lora_rank is set, is {getattr(self, name)}")
         elif self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(f"num_key_value_heads: {self.num_key_value_heads} is no divisor of num_attention_heads {self.num_attention_heads}")
+            raise ValueError(f"num_key_value_heads: {self.num_key_value_heads} does not divide {self.num_attention_heads} attention heads")
         if self.rope_dim % 2:
             raise ValueError(f"{'qk_rope_head_dim' if self.is_mla else 'head_dim'}: rotary width must be even, is {self.rope_dim}")
         if self.n_routed_experts:
@@ -105,7 +105,7 @@ class ModelConfig:
         if not 1 <= self.topk_group <= self.n_group:
             raise ValueError(f"topk_group: must be between 1 and n_group {self.n_group}, is {self.topk_group}")
         if chosen > self.topk_group * (experts // self.n_group):
-            raise ValueError(f"num_experts_per_tok: {chosen} is more than the experts in {self.topk_group} (topk_group) of {self.n_group} groups")
+            raise ValueError(f"num_experts_per_tok: {chosen} is more than the experts in topk_group {self.topk_group} groups")
         if self.topk_method == "noaux_tc" and self.n_group > 1 and experts // self.n_group < 2:
             raise ValueError("n_group: noaux_tc scores a group by its two best experts, so a group needs at least two")
 

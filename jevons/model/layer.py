@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -14,7 +15,7 @@ class RMSNorm(nn.Module):
 
     def __init__(self, width: int, eps: float = 1e-6) -> None:
         super().__init__()
-        self.weight = nn.Parameter(Tensor(width))
+        self.weight = nn.Parameter(torch.empty(width))
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ class Router(nn.Module):
         self.top_k, self.groups, self.top_groups = config.num_experts_per_tok, config.n_group, config.topk_group
         self.grouped = config.topk_method != "greedy" and self.top_groups < self.groups
         self.normalise, self.factor = config.norm_topk_prob, config.routed_scaling_factor
-        self.weight = nn.Parameter(Tensor(config.n_routed_experts, config.hidden_size))
+        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
         self.e_score_correction_bias: Tensor | None
         self.register_buffer(
             "e_score_correction_bias",
@@ -83,8 +83,8 @@ class Experts(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         E, F_, D = config.n_routed_experts, config.moe_intermediate_size, config.hidden_size
-        self.gate_up_proj = nn.Parameter(Tensor(E, 2 * F_, D))
-        self.down_proj = nn.Parameter(Tensor(E, D, F_))
+        self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * F_, D))  # torch.empty, because Tensor(...) ignores torch.device("meta")
+        self.down_proj = nn.Parameter(torch.empty(E, D, F_))
 
     def forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
         return experts(x_TD, routing.experts_TK, routing.weights_TK, self.gate_up_proj, self.down_proj)

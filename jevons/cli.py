@@ -1,0 +1,150 @@
+"""The verbs. Each imports what it needs when it is called: `import jevons.cli` must not wait for torch."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="jevons",
+    help="A small team's own DeepSeek: pretrain, measure and talk to a sparse language model from one recipe file.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+Root = Annotated[Path, typer.Option("--runs", help="The folder that holds all runs and their ledger.", envvar="JEVONS_RUNS")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Changes to the recipe, as dotted.key=value.", show_default=False)]
+
+
+def main() -> None:
+    """The console script: a user's mistake ends in one clear message, anything else in a traceback (JEVONS_DEBUG=1: always)."""
+    try:
+        app()
+    except (ValueError, FloatingPointError, OSError) as error:
+        if os.environ.get("JEVONS_DEBUG"):
+            raise
+        full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+        print(f"error: {error}" + ("\nThe disk is full; nothing that was saved before is lost." if full else ""), file=sys.stderr)
+        sys.exit(1)
+
+
+@app.command()
+def run(
+    recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of one that comes with Jevons: quickstart, text, nano.")],
+    overrides: Overrides = None,
+    stage: Annotated[str | None, typer.Option("--stage", help="Run this stage only.")] = None,
+    start: Annotated[str | None, typer.Option("--from", help="Throw away the results from this stage on, and start over there.")] = None,
+    root: Root = Path("runs"),
+) -> None:
+    """Run a recipe, or continue where it stopped.
+
+    Stages that are done are skipped; one that was interrupted goes on from its last checkpoint, bit for bit as if it had
+    never stopped. Ctrl-C and SIGTERM save before they stop.
+
+    jevons run quickstart name=tiny model.num_hidden_layers=2 pretrain.steps=100
+    """
+    from jevons.stages.life import live
+
+    live(recipe, overrides or [], root, stage=stage, again=start)
+
+
+@app.command()
+def quickstart(
+    overrides: Overrides = None,
+    chat: Annotated[bool, typer.Option("--chat/--no-chat", help="Talk to the model afterwards, where there is a terminal.")] = True,
+    root: Root = Path("runs"),
+) -> None:
+    """Train a small DeepSeek-V3-style model that does sums with written steps, in minutes on a CPU, and talk to it."""
+    from jevons.stages.life import live
+
+    folder = live("quickstart", overrides or [], root)
+    if chat and sys.stdin.isatty() and sys.stdout.isatty():
+        talk(str(folder))
+
+
+@app.command("chat")
+def talk(
+    model: Annotated[str, typer.Argument(help="A run's folder, a Hugging Face folder, or a hub name.")],
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="Ask this and leave; may be given several times.")] = None,
+    system: Annotated[str, typer.Option(help="A system message.")] = "",
+    max_tokens: Annotated[int, typer.Option(help="Longest reply, in tokens.")] = 2048,
+    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens that hold this much probability.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Draw from this many likeliest tokens; 0 from all.")] = 0,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same reply.")] = None,
+    dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
+) -> None:
+    """Talk to a model. Without a terminal, each line of standard input is a turn."""
+    if dtype not in ("bfloat16", "float32"):
+        raise ValueError(f"--dtype: must be bfloat16 or float32, is {dtype!r}")
+    from jevons.engine.sequence import SamplingParams
+    from jevons.stages.chat import Chat
+    from jevons.stages.chat import chat as converse
+
+    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
+    converse(Chat.open(model, dtype=dtype, params=params, system=system), prompt or [])
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="A run's folder, a Hugging Face folder, or a hub name.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    mtp: Annotated[bool, typer.Option("--mtp/--no-mtp", help="Keep multi-token-prediction modules.")] = True,
+) -> None:
+    """Write a model as a Hugging Face folder that transformers, vLLM and SGLang open."""
+    if dtype not in ("bfloat16", "float16", "float32"):
+        raise ValueError(f"--dtype: must be bfloat16, float16 or float32, is {dtype!r}")
+    if out.exists():
+        raise ValueError(f"{out}: exists already; name a folder that does not")
+    import torch
+
+    from jevons.model.folder import companions, load_model, resolve, save_model
+    from jevons.run import newest_model
+
+    source = newest_model(Path(model).expanduser())
+    source = source if source.is_dir() else resolve(model)
+    save_model(load_model(source, dtype=getattr(torch, dtype), mtp=mtp), out, companions=companions(source))
+    print(out)
+
+
+@app.command()
+def receipt(
+    run: Annotated[str | None, typer.Argument(help="A run's folder or name; all runs without it.", show_default=False)] = None,
+    root: Root = Path("runs"),
+) -> None:
+    """What runs cost: tokens, time, FLOPs and money, stage by stage, beside what was planned."""
+    from rich.console import Console
+
+    from jevons.cost.ledger import Ledger
+    from jevons.cost.receipt import render
+
+    folder = Path(run) if run else None
+    if folder and (folder / "recipe.toml").exists():
+        root = folder.parent
+    if not (root / "ledger.db").exists():
+        raise ValueError(f"{root / 'ledger.db'}: no ledger; runs are kept in {root} (change it with --runs)")
+    rows: list[Any] = Ledger(root / "ledger.db").rows(folder.name if folder else None)
+    if not rows:
+        raise ValueError(f"{run}: no such run in {root / 'ledger.db'}")
+    Console().print(render(rows))
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="A run's folder.")]) -> None:
+    """Write a run's report.html anew and print its path."""
+    if not (run / "recipe.toml").exists():
+        raise ValueError(f"{run}: not a run's folder")
+    from jevons.report import write_report
+
+    print(write_report(run))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""A recipe from its first stage to its last."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from jevons.cost.receipt import render
+from jevons.recipe import Recipe, load
+from jevons.report import write_report
+from jevons.run import Interrupt, Interrupted, Run
+from jevons.stages.evaluate import evaluate, show_results
+from jevons.stages.prepare import prepare
+from jevons.stages.pretrain import pretrain
+from jevons.train import device
+
+STAGES: dict[str, Callable[[Run, Recipe, Interrupt], None]] = {"prepare": prepare, "pretrain": pretrain, "evaluate": evaluate}
+
+
+def live(name: str, overrides: Sequence[str], root: Path, *, stage: str | None = None, again: str | None = None) -> Path:
+    """Run or continue a recipe and print what came of it; the run's folder.
+
+    Leaves with 128 + the signal's number where the user or the system stopped it, everything saved.
+    """
+    recipe = load(name, overrides)
+    if stage and stage not in recipe.stages:
+        raise ValueError(f"--stage {stage}: the recipe's stages are {', '.join(recipe.stages)}")
+    run = Run(recipe, root, device.describe(device.choose(recipe.device)), again=again or None)
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(f"[bold]{recipe.name}[/] on {run.device}: {' -> '.join(recipe.stages)}, in {run.folder}")
+    with Interrupt() as interrupt:
+        try:
+            for each in recipe.stages:
+                if stage in (None, each) and not run.is_done(each):
+                    _needs(run, recipe, each)
+                    STAGES[each](run, recipe, interrupt)
+        except Interrupted as stopped:
+            write_report(run.folder)
+            console.print(f"[yellow]{stopped}[/]")
+            sys.exit(128 + (interrupt.signal or signal.SIGINT))
+    show_results(run, console)
+    console.print(render(run.write_receipt()))
+    console.print(f"report: {write_report(run.folder)}\nchat:   jevons chat {run.folder}")
+    return run.folder
+
+
+def _needs(run: Run, recipe: Recipe, stage: str) -> None:
+    """A stage needs the ones before it."""
+    before = recipe.stages[: recipe.stages.index(stage)]
+    if missing := [s for s in before if not run.is_done(s)]:
+        raise ValueError(f"--stage {stage}: {', '.join(missing)} must run first")

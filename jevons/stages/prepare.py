@@ -1,0 +1,124 @@
+"""Text or generated problems -> a tokenizer, training shards and validation shards.
+
+    STAGE/tokenizer/   STAGE/train/   STAGE/validation/   STAGE/DONE.json
+
+Nothing here depends on the number of processes, and a prepare that was stopped starts over: it is the cheap stage.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import shutil
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from jevons.data.shard import write_shards
+from jevons.data.text import BadLines, Document, read_documents
+from jevons.data.tokenizer import Tokenizer, train_bpe
+from jevons.progress import Meter
+from jevons.recipe import Prepare, Recipe, TaskMix
+from jevons.run import Interrupt, Interrupted, Run
+from jevons.tasks.task import Task, get_task
+
+TOKENIZER_CHARACTERS = 20_000_000  # what a tokenizer is trained on; more changes little
+
+
+def prepare(run: Run, recipe: Recipe, interrupt: Interrupt) -> None:
+    """Run the stage. ValueError for sources without text, a tokenizer that the model cannot hold, too many bad lines."""
+    options = recipe.prepare
+    assert options is not None
+    folder = run.stage_folder("prepare")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    # with model.path a model is trained further, so its own tokenizer goes on
+    source = options.tokenizer or recipe.model.get("path")
+    tokenizer = Tokenizer.load(source) if source else _train_tokenizer(options, recipe)
+    if "path" not in recipe.model and tokenizer.size > (size := recipe.config().vocab_size):
+        raise ValueError(f"model.vocab_size: {size} is less than the tokenizer's {tokenizer.size}; raise it to a multiple of 64 above")
+    tokenizer.save(folder / "tokenizer")
+
+    bad = {"train": BadLines(limit=options.bad_lines), "validation": BadLines(limit=options.bad_lines)}
+    manifests = {}
+    with run.spend("prepare") as spending:
+        for split in ("train", "validation"):
+            with Meter(f"prepare {split}", _expected(options, split)) as meter:
+
+                def progress(documents: int, tokens: int, meter: Meter = meter) -> None:
+                    if interrupt.requested:
+                        raise Interrupted("stopped while preparing; run again to start this stage over")
+                    spending.update()
+                    meter.update(documents, f"{tokens:,} tokens")
+
+                manifests[split] = write_shards(
+                    _split(options, recipe.seed, split, bad[split]),
+                    folder / "tokenizer",
+                    folder / split,
+                    processes=options.processes,
+                    mask=options.loss_on,
+                    progress=progress,
+                    source={"sources": list(options.sources), "tasks": [mix.model_dump() for mix in options.tasks], "split": split},
+                    bad=bad[split],
+                )
+        spending.update(tokens=sum(m.tokens for m in manifests.values()))
+    if skipped := bad["train"].empty + bad["train"].malformed:
+        shown = "".join(f"\n  {example}" for example in bad["train"].examples)
+        meter.console.print(f"[yellow]{skipped} bad lines left out[/], the first:{shown}", highlight=False)
+    run.mark_done("prepare", **{s: {"documents": m.documents, "tokens": m.tokens, "bytes": m.bytes} for s, m in manifests.items()})
+
+
+def _train_tokenizer(options: Prepare, recipe: Recipe) -> Tokenizer:
+    documents = _split(options, recipe.seed, "train", BadLines(limit=options.bad_lines))
+    return train_bpe(_texts(documents), recipe.config().vocab_size)
+
+
+def _texts(documents: Iterator[Document]) -> Iterator[str]:
+    seen = 0
+    for document in documents:
+        parts = [document.text] if document.text is not None else [p for m in document.messages or () for p in (m.reasoning, m.content)]
+        for text in filter(None, parts):
+            seen += len(text)
+            yield text
+        if seen > TOKENIZER_CHARACTERS:
+            return
+
+
+def _expected(options: Prepare, split: str) -> int | None:
+    """How many documents there will be, where that is known beforehand."""
+    if not options.tasks:
+        return None
+    return options.documents if split == "train" else max(1, round(options.documents * options.validation_share))
+
+
+def _split(options: Prepare, seed: int, split: str, bad: BadLines) -> Iterator[Document]:
+    """The documents of one split. Of sources, a document's own text decides which split it is in; tasks have disjoint problems for each."""
+    if options.tasks:
+        count = _expected(options, split)
+        return itertools.islice(problems(options.tasks, "train" if split == "train" else "test", seed), count)
+    per_million = options.validation_share * 1_000_000
+    return (
+        d
+        for d in read_documents(options.sources, field=options.field, bad=bad)
+        if (_hash(d) % 1_000_000 < per_million) == (split == "validation")
+    )
+
+
+def _hash(document: Document) -> int:
+    text = document.text if document.text is not None else "\n".join(m.content for m in document.messages or ())
+    return zlib.crc32(text.encode())
+
+
+def problems(mixes: tuple[TaskMix, ...], split: str, seed: int) -> Iterator[Document]:
+    """Worked problems without end, tasks drawn by their shares."""
+    tasks: list[Task] = [get_task(mix.task, **mix.options) for mix in mixes]
+    weights = [mix.share for mix in mixes]
+    rng = random.Random(seed)
+    for index in itertools.count():
+        (task,) = rng.choices(tasks, weights)
+        problem = task.problem("train" if split == "train" else "test", index, seed)
+        yield Document(None, task.worked(problem), task.name, index)
+
+
+def tokenizer_folder(run: Run) -> Path:
+    return run.stage_folder("prepare") / "tokenizer"
