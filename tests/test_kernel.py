@@ -9,8 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jevons.kernels import attention
 from jevons.kernels import cross_entropy as loss_kernel
-from jevons.kernels.attention import causal_attention, causal_attention_ref, masked_attention
+from jevons.kernels.attention import Bucket, causal_attention_ref, segment_attention
 from jevons.kernels.cross_entropy import cross_entropy, cross_entropy_ref
 from jevons.kernels.experts import experts, experts_ref
 from jevons.model.attend import Packed
@@ -120,24 +121,18 @@ def test_a_token_of_weight_zero_leaves_no_gradient():
 # --- attention ---
 
 
+@pytest.mark.parametrize("plain_length", [2048, 0])  # the written-out backward, and torch's own for long segments
 @pytest.mark.parametrize(("heads", "kv_heads", "value_width"), [(4, 4, 8), (4, 2, 8), (6, 1, 8), (4, 4, 5)])
-def test_causal_attention(assert_close, heads, kv_heads, value_width):
+def test_segment_attention(assert_close, monkeypatch, heads, kv_heads, value_width, plain_length):
+    monkeypatch.setattr(attention, "PLAIN_LENGTH", plain_length)
+    monkeypatch.setattr(attention, "CHUNK_SCORES", heads * 11 * 11 * 2)  # two segments at once, then one
     inputs = [normal(3, 11, heads, 8), normal(3, 11, kv_heads, 8, seed=1), normal(3, 11, kv_heads, value_width, seed=2)]
-    fast, plain = causal_attention(*inputs, scale=0.3), causal_attention_ref(*inputs, scale=0.3)
+    flat = [x.flatten(0, 1) for x in inputs]
+    fast = segment_attention(*flat, [Bucket(3, 11, None, None, None)], 0.3).unflatten(0, (3, 11))
+    plain = causal_attention_ref(*inputs, scale=0.3)
     assert_close(fast, plain)
     for ours, theirs in zip(gradients(fast, inputs), gradients(plain, inputs)):
         assert_close(ours, theirs)
-
-
-def test_masked_attention(assert_close):
-    # queries are the last 4 of 11 tokens; what the mask hides may hold anything
-    q, k, v = normal(3, 11, 6, 8), normal(3, 11, 2, 8, seed=1), normal(3, 11, 2, 5, seed=2)
-    expected = causal_attention_ref(q, k, v, 0.3)[:, 7:]
-    mask = torch.ones(11, 11, dtype=torch.bool).tril()[7:].expand(3, 4, 11)
-    pad = torch.full((3, 2, 2, 1), 1e4)
-    mask = torch.cat((mask, torch.zeros(3, 4, 2, dtype=torch.bool)), dim=-1)
-    k, v = torch.cat((k, pad.expand(-1, -1, -1, 8)), dim=1), torch.cat((v, pad.expand(-1, -1, -1, 5)), dim=1)
-    assert_close(masked_attention(q[:, 7:], k, v, mask, 0.3), expected)
 
 
 # --- the seam: packed documents = separate ones ---

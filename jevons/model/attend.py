@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from jevons.kernels.attention import causal_attention
+from jevons.kernels.attention import Bucket, segment_attention
 
 
 class Attend(Protocol):
@@ -54,9 +54,9 @@ class Packed:
         keep = lengths > 0
         starts, lengths = starts[keep], lengths[keep]
         self.total = int(bounds[-1])
-        self.uniform = int(lengths[0]) if len(lengths) and bool((lengths == lengths[0]).all()) else 0
-        self.buckets: list[tuple[Tensor, Tensor, Tensor]] = []
-        if self.uniform:
+        self.buckets: list[Bucket] = []
+        if len(lengths) and bool((lengths == lengths[0]).all()):
+            self.buckets.append(Bucket(len(lengths), int(lengths[0]), None, None, None))
             return
         exponent = torch.ceil(torch.log2(lengths.double())).long().clamp_min(4)  # 16 and shorter share a bucket
         for e in exponent.unique().tolist():
@@ -65,20 +65,13 @@ class Packed:
             valid_SL = column_L < length_S[:, None]
             # padding repeats the segment's last token: any index will do, no real query looks there
             index_SL = start_S[:, None] + torch.minimum(column_L, length_S[:, None] - 1)
-            token_X = index_SL[valid_SL]
             slot_X = valid_SL.flatten().nonzero().squeeze(1)
-            self.buckets.append(tuple(x.to(device) for x in (index_SL, token_X, slot_X)))  # type: ignore[arg-type]
+            indices = (x.to(device) for x in (index_SL, index_SL[valid_SL], slot_X))
+            self.buckets.append(Bucket(len(start_S), len(column_L), *indices))
 
     def gqa(self, layer: int, q_TNH: Tensor, k_TMH: Tensor, v_TMH: Tensor, scale: float) -> Tensor:
         assert len(q_TNH) == self.total, (len(q_TNH), self.total)
-        if self.uniform:
-            q, k, v = (x.unflatten(0, (-1, self.uniform)) for x in (q_TNH, k_TMH, v_TMH))
-            return causal_attention(q, k, v, scale).flatten(0, 1)
-        out_TNV = q_TNH.new_empty(len(q_TNH), q_TNH.shape[1], v_TMH.shape[-1])
-        for index_SL, token_X, slot_X in self.buckets:
-            out_SLNV = causal_attention(q_TNH[index_SL], k_TMH[index_SL], v_TMH[index_SL], scale)
-            out_TNV = out_TNV.index_copy(0, token_X, out_SLNV.flatten(0, 1)[slot_X])
-        return out_TNV
+        return segment_attention(q_TNH, k_TMH, v_TMH, self.buckets, scale)
 
     def mla(self, layer: int, q_TNH: Tensor, ckv_TC: Tensor, kpe_TR: Tensor, w_kvb: Tensor, v_width: int, scale: float) -> Tensor:
         k_TNH, v_TNV = expand_latent(ckv_TC, kpe_TR, w_kvb, q_TNH.shape[1], v_width)

@@ -76,7 +76,9 @@ def _train_tokenizer(options: Prepare, recipe: Recipe) -> Tokenizer:
 def _texts(documents: Iterator[Document]) -> Iterator[str]:
     seen = 0
     for document in documents:
-        parts = [document.text] if document.text is not None else [p for m in document.messages or () for p in (m.reasoning, m.content)]
+        parts = [document.text or ""]
+        for message in document.messages or ():
+            parts += (f"{message.role}\n", message.reasoning, message.content)  # a role is written in every turn, so it earns a token
         for text in filter(None, parts):
             seen += len(text)
             yield text
