@@ -13,12 +13,14 @@ import difflib
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_type_hints
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from jevons.model.config import ModelConfig
+from jevons.model.family import to_hf
+from jevons.tasks.task import get_task
 
 STAGES = ("prepare", "pretrain", "evaluate")
 
@@ -33,6 +35,11 @@ class TaskMix(Section):
     task: str
     share: float = Field(1.0, gt=0)
     options: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _exists(self) -> TaskMix:
+        get_task(self.task, **self.options)
+        return self
 
 
 class Prepare(Section):
@@ -51,7 +58,7 @@ class Prepare(Section):
     @model_validator(mode="after")
     def _one_origin(self) -> Prepare:
         if bool(self.sources) == bool(self.tasks):
-            raise ValueError("give either sources or tasks")
+            raise ValueError("sources: give either these or tasks")
         if self.tasks and not self.documents:
             raise ValueError("documents: say how many to generate from tasks")
         if self.sources and self.documents:
@@ -126,8 +133,8 @@ class Recipe(Section):
     def _stages_fit(self) -> Recipe:
         if self.pretrain and not self.prepare:
             raise ValueError("[pretrain] needs [prepare]: there is nothing to train on")
-        if self.evaluate and not self.prepare:
-            raise ValueError("[evaluate] needs [prepare]: there is nothing to evaluate on")
+        if self.evaluate and not self.pretrain:
+            raise ValueError("[evaluate] needs [pretrain]: there is no model to evaluate")
         if not self.stages:
             raise ValueError("the recipe has no stage; add [prepare], [pretrain] or [evaluate]")
         if self.pretrain and "path" not in self.model:
@@ -147,11 +154,13 @@ class Recipe(Section):
         for key in self.model:
             if key not in known:
                 raise ValueError(f"model.{key}: unknown key{_nearest(key, [*known, 'path'])}")
-        for field in dataclasses.fields(ModelConfig):
-            if field.default is dataclasses.MISSING and field.name not in self.model:
-                raise ValueError(f"model.{field.name}: missing")
-            _check_type(field.name, field.type, self.model.get(field.name))
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in self.model.items()}
+        hints = get_type_hints(ModelConfig)
+        for field in dataclasses.fields(ModelConfig):
+            if field.name in values:
+                _check_type(f"model.{field.name}", hints[field.name], values[field.name])
+            elif field.default is dataclasses.MISSING:
+                raise ValueError(f"model.{field.name}: missing")
         try:
             return ModelConfig(**values)
         except ValueError as error:
@@ -162,8 +171,12 @@ class Recipe(Section):
         if "path" in self.model:
             if others := sorted(set(self.model) - {"path"}):
                 raise ValueError(f"model.{others[0]}: comes from model.path's config.json; remove it or the path")
-        else:
-            self.config()
+            _check_type("model.path", str, self.model["path"])
+            return self
+        try:
+            to_hf(self.config())  # a model that no config.json can express would fail at its first checkpoint
+        except ValueError as error:
+            raise ValueError(f"[model] {error}" if not str(error).startswith("model.") else str(error)) from error
         return self
 
     def save(self, path: Path) -> None:
@@ -174,16 +187,12 @@ class Recipe(Section):
         return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
 
 
-_TYPES: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
-
-
-def _check_type(name: str, annotation: Any, value: Any) -> None:
-    """A dataclass checks no types, so the plain ones are checked here."""
-    expected = _TYPES.get(str(annotation).removesuffix(" | None"))
-    if value is None or expected is None:
-        return
-    if not isinstance(value, expected) or (isinstance(value, bool) and bool not in expected):
-        raise ValueError(f"model.{name}: must be {annotation}, is {value!r}")
+def _check_type(key: str, annotation: Any, value: Any) -> None:
+    """A dataclass checks no types, so they are checked here."""
+    try:
+        TypeAdapter(annotation).validate_python(value, strict=True)
+    except ValidationError as error:
+        raise ValueError(f"{key}: {error.errors()[0]['msg']} (is {value!r})") from None
 
 
 def _nearest(key: str, known: Sequence[str]) -> str:
@@ -249,7 +258,8 @@ def find(name: str) -> Path:
         return path
     package = Path(__file__).parent
     for folder in (package / "recipes", package.parent / "recipes"):
-        if (built_in := folder / f"{path.name.removesuffix('.toml')}.toml").is_file():
+        # a name with folders in it is a mistyped path, not ours
+        if path.name == name and (built_in := folder / f"{name.removesuffix('.toml')}.toml").is_file():
             return built_in
     raise ValueError(f"{name}: no such recipe file, and none of that name comes with Jevons")
 

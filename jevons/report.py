@@ -12,7 +12,6 @@ import base64
 import hashlib
 import json
 import math
-import os
 import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from jevons import plot
+from jevons.data.disk import write_text
 from jevons.plot import Curve, Point, dollars, duration, number, percent, scientific, smooth
 
 STAGES = {  # the field's verb for the summary, its noun for headings
@@ -81,12 +81,12 @@ class Run:
     evaluation: dict[str, Any]
     receipt: dict[str, Any]
 
-    def total(self, name: str) -> float | None:
-        """Tokens, seconds or money of the whole run: the receipt's, or before there is one the metrics' latest."""
+    def total(self, name: str, *, training: bool = False) -> float | None:
+        """Tokens, seconds or money of the whole run, or of its training stages alone: the receipt's, or the metrics' latest."""
         if self.receipt:
-            if name in self.receipt["total"]:
+            if name in self.receipt["total"] and not training:
                 return self.receipt["total"][name]
-            values = [stage[name] for stage in self.receipt["stages"]]
+            values = [stage[name] for stage in self.receipt["stages"] if not training or stage["stage"] in self.stages]
         else:
             values = [stage.last(name) for stage in self.stages.values()]
         known = [value for value in values if value is not None]
@@ -189,7 +189,7 @@ def draw_summary(run: Run) -> str:
     verbs = [STAGES.get(name, (name, name))[0] for name in run.stages]
     if verbs:
         words += f", {escape(' and '.join([', '.join(verbs[:-1]), verbs[-1]] if verbs[1:] else verbs))}"
-    tokens, seconds, money = (run.total(name) for name in ("tokens", "seconds", "money"))
+    tokens, seconds, money = run.total("tokens", training=True), run.total("seconds"), run.total("money")
     words += f" on {number(tokens)} tokens" if tokens else ""
     words += f" in {duration(seconds)}" if seconds else ""
     words += f" for {dollars(money)}" if money is not None else ""
@@ -212,7 +212,7 @@ def draw_tiles(run: Run) -> str:
         tiles.append(tile("validation loss", number(loss), f"{number(bits)} bits per byte" if bits is not None else "nats per token"))
     elif stage.points("loss"):
         tiles.append(tile("training loss", number(smooth(stage.points("loss"))[-1][1]), "mean of the last steps"))
-    tokens, seconds, money = (run.total(name) for name in ("tokens", "seconds", "money"))
+    tokens, seconds, money = run.total("tokens", training=True), run.total("seconds"), run.total("money")
     if tokens:
         steps = sum(max(map(max, stage.series.values())) for stage in run.stages.values() if stage.series)
         tiles.append(tile("tokens", number(tokens), f"{steps:,} steps" if steps else ""))
@@ -222,10 +222,10 @@ def draw_tiles(run: Run) -> str:
     if money is not None:
         prices = {stage["price_per_hour"] for stage in run.receipt.get("stages", []) if stage["price_per_hour"] is not None}
         tiles.append(tile("money", dollars(money), f"at {dollars(prices.pop())} an hour" if len(prices) == 1 else ""))
-    if tokens and seconds:
-        peak = run.receipt["stages"][0]["share_of_peak"] if run.receipt.get("stages") else None
-        note = f"{percent(peak)} of the device's peak" if peak else "mean of the run"
-        tiles.append(tile("tokens per second", number(tokens / seconds), note))
+    if tokens and (spent := run.total("seconds", training=True)):
+        peaks = [s["share_of_peak"] for s in run.receipt.get("stages", []) if s["stage"] in run.stages and s["share_of_peak"]]
+        note = f"training, {percent(peaks[0])} of the device's peak" if peaks else "training"
+        tiles.append(tile("tokens per second", number(tokens / spent), note))
     return f'<div class="tiles">{"".join(tiles)}</div>' if tiles else ""
 
 
@@ -368,7 +368,7 @@ def draw_sources(run: Run) -> str:
 def render(run: Run) -> str:
     """The whole page."""
     facts = [run.environment.get(name) for name in ("device", "commit", "date")]
-    meta = " &middot; ".join(clip(fact, 40) for fact in ["Jevons run", *(fact for fact in facts if isinstance(fact, str) and fact)])
+    meta = " &middot; ".join(clip(fact, 80) for fact in ["Jevons run", *(fact for fact in facts if isinstance(fact, str) and fact)])
     notes = [] if run.receipt or not run.stages else ["No receipt yet: the run is going on or was stopped. Numbers are the latest written."]
     notes += ["The last line of metrics.jsonl was cut short by a kill and is skipped."] if run.torn else []
     stages = "".join(draw_stage(STAGES.get(name, (name, name))[1], stage) for name, stage in run.stages.items())
@@ -389,11 +389,5 @@ def write_report(folder: Path) -> Path:
     """Writes `folder`/report.html from what the run has left there so far and returns its path. The page replaces the old one
     in one step: a reader never sees half of it. Raises ValueError, naming file and line, for what cannot be read."""
     path = folder / "report.html"
-    page = render(read_run(folder)).encode(errors="replace")  # a reply may hold half a surrogate pair
-    aside = path.with_name(".report.html.new")
-    with aside.open("wb") as file:
-        file.write(page)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+    write_text(path, render(read_run(folder)).encode(errors="replace").decode())  # a reply may hold half a surrogate pair
     return path

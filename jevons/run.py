@@ -20,7 +20,7 @@ import sys
 import time
 import tomllib
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -29,8 +29,8 @@ from typing import Any
 
 from jevons.cost.ledger import Ledger
 from jevons.cost.receipt import Plan, Receipt, total
-from jevons.data.disk import write_json, write_text
-from jevons.recipe import Recipe, parse
+from jevons.data.disk import remove_folder, write_json, write_text
+from jevons.recipe import STAGES, Recipe, parse
 
 LEDGER_SECONDS = 5.0  # how often a running stage writes what it cost so far
 
@@ -77,21 +77,24 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.metrics_path = self.folder / "metrics.jsonl"
         saved = self.folder / "recipe.toml"
-        if again:
-            self._forget(again)
+        forgotten = self._from(again) if again else ()
         if saved.exists():
-            self._same_recipe(saved)
+            self._same_recipe(saved, forgotten)
+        for stage in reversed(forgotten):  # last first: killed in between, no stage is left that stands on one that is gone
+            remove_folder(self.stage_folder(stage))
+            self.truncate_metrics(stage, -1)
         write_text(saved, recipe.to_toml())
         self.id = self._environment()
         self.ledger = Ledger(root / "ledger.db")
 
-    def _same_recipe(self, saved: Path) -> None:
-        """A finished or begun stage must have been made by this recipe; keys of stages not begun may change."""
+    def _same_recipe(self, saved: Path, forgotten: Sequence[str]) -> None:
+        """A finished or begun stage must have been made by this recipe; keys of stages not begun, or now forgotten, may change."""
+        begun = [s for s in self.recipe.stages if s not in forgotten and self.stage_folder(s).exists()]
+        if not begun:
+            return
         old = _flat(parse(tomllib.loads(saved.read_text(encoding="utf-8")), str(saved)).model_dump(mode="json"))
         new = _flat(self.recipe.model_dump(mode="json"))
-        free = {"price_per_hour"} | {k for k in old | new if k.split(".")[0] in self.recipe.stages and not self._begun(k.split(".")[0])}
-        if not any(self._begun(s) for s in self.recipe.stages):
-            return
+        free = {"price_per_hour"} | {k for k in old | new if (stage := k.split(".")[0]) in STAGES and stage not in begun}
         if changed := [k for k in sorted(old | new) if k not in free and old.get(k) != new.get(k)]:
             lines = "".join(f"\n  {k}: was {old.get(k)!r}, now {new.get(k)!r}" for k in changed)
             raise ValueError(
@@ -99,16 +102,11 @@ class Run:
                 "choose another name=..., start over with --from STAGE, or delete the folder"
             )
 
-    def _begun(self, stage: str) -> bool:
-        return self.stage_folder(stage).exists()
-
-    def _forget(self, stage: str) -> None:
+    def _from(self, stage: str) -> tuple[str, ...]:
         stages = self.recipe.stages
         if stage not in stages:
             raise ValueError(f"--from {stage}: the recipe's stages are {', '.join(stages)}")
-        for later in stages[stages.index(stage) :]:
-            shutil.rmtree(self.stage_folder(later), ignore_errors=True)
-            self.truncate_metrics(later, -1)
+        return stages[stages.index(stage) :]
 
     def _environment(self) -> str:
         path = self.folder / "environment.json"
@@ -153,26 +151,26 @@ class Run:
         if not self.metrics_path.exists():
             return
         kept = []
-        for line in self.metrics_path.read_text(encoding="utf-8").splitlines():
-            if line.endswith("}"):
+        for line in self.metrics_path.read_text(encoding="utf-8").splitlines(keepends=True):
+            if line.endswith("\n"):
                 row = json.loads(line)
                 if row["stage"] != stage or row["step"] <= step:
-                    kept.append(line + "\n")
+                    kept.append(line)
         write_text(self.metrics_path, "".join(kept))
 
     @contextmanager
     def spend(self, stage: str, *, peak_flops: float | None = None, planned: Plan | None = None) -> Iterator[Spending]:
-        """Account for a stage while the block runs; time spent by earlier, interrupted attempts is already in it."""
-        earlier = next((r for r in self.ledger.rows(self.id) if r.stage == stage and not self.is_done(stage)), None)
+        """Account for a stage while the block runs; time spent by earlier attempts, thrown away or not, is already in it."""
+        earlier = next((r for r in self.ledger.rows(self.id) if r.stage == stage), None)
         receipt = Receipt(
             run_id=self.id,
             run=self.recipe.name,
             stage=stage,
             device=self.device,
-            seconds=earlier.seconds if earlier and earlier.finished is None else 0.0,
+            seconds=earlier.seconds if earlier else 0.0,
             peak_flops=peak_flops,
             price_per_hour=self.recipe.price_per_hour,
-            started=earlier.started if earlier and earlier.finished is None else time.time(),
+            started=earlier.started if earlier else time.time(),
             planned=planned,
         )
         spending = Spending(receipt, self.ledger)

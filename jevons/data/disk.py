@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 
 def _sync(path: Path) -> None:
@@ -51,7 +55,8 @@ def new_folder(path: Path) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     aside, old = (path.with_name(f".{path.name}.{os.getpid()}.{kind}") for kind in ("tmp", "old"))
-    shutil.rmtree(aside, ignore_errors=True)
+    for left in path.parent.glob(f".{escape(path.name)}.[0-9]*.*"):  # by a process that was killed: as large as what it was writing
+        shutil.rmtree(left)
     aside.mkdir()
     try:
         yield aside
@@ -63,6 +68,20 @@ def new_folder(path: Path) -> Iterator[Path]:
             path.rename(old)
         aside.rename(path)
         _sync(path.parent)
+    except SafetensorError as error:  # it hides the system's error, a full disk above all, in its text
+        if code := re.search(r"\(os error (\d+)\)", str(error)):
+            raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
+        raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_folder(path: Path) -> None:
+    """Delete a folder, if it is there, so that a kill leaves all of it or nothing."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.old")
+    if path.exists():
+        path.rename(aside)
+        _sync(path.parent)
+    for left in path.parent.glob(f".{escape(path.name)}.[0-9]*.old"):
+        shutil.rmtree(left)

@@ -18,6 +18,8 @@ import functools
 import json
 import multiprocessing
 import os
+import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -249,10 +251,13 @@ def _encode_all(chunks: Iterator[list[Document]], folder: Path, mask: Mask, proc
     # An executor rather than a Pool, which waits forever for a worker that the kernel killed; a bounded queue rather than map(), which
     # would read the whole corpus ahead of the workers
     waiting: deque[Future[Chunk]] = deque()
-    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"), initializer=_die_with_parent) as pool:
         try:
             for chunk in chunks:
+                # Ctrl-C reaches all processes of a terminal, but when to stop is the caller's affair: workers inherit a mask without it
+                before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
                 waiting.append(pool.submit(_work, folder, mask, chunk))
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
                 if len(waiting) > 2 * processes:
                     yield waiting.popleft().result()
             while waiting:
@@ -260,6 +265,18 @@ def _encode_all(chunks: Iterator[list[Document]], folder: Path, mask: Mask, proc
         finally:
             for future in waiting:
                 future.cancel()
+
+
+def _die_with_parent() -> None:
+    """Without it the workers of a killed process wait forever for work: each holds the other end of its own queue."""
+
+    def wait() -> None:
+        parent = multiprocessing.parent_process()
+        assert parent is not None
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 @functools.cache

@@ -96,6 +96,9 @@ class ModelConfig:
 
     def _check_experts(self) -> None:
         experts, chosen = self.n_routed_experts, self.num_experts_per_tok
+        for name, known in (("scoring_func", ("sigmoid", "softmax")), ("topk_method", ("noaux_tc", "greedy", "group_limited_greedy"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}: unknown {getattr(self, name)!r}; known: {', '.join(known)}")
         if self.moe_intermediate_size < 1:
             raise ValueError("moe_intermediate_size: must be at least 1 where n_routed_experts is set")
         if not 1 <= chosen <= experts:

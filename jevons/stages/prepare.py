@@ -14,9 +14,12 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from rich.markup import escape
+
 from jevons.data.shard import write_shards
 from jevons.data.text import BadLines, Document, read_documents
 from jevons.data.tokenizer import Tokenizer, train_bpe
+from jevons.model.folder import resolve
 from jevons.progress import Meter
 from jevons.recipe import Prepare, Recipe, TaskMix
 from jevons.run import Interrupt, Interrupted, Run
@@ -33,7 +36,7 @@ def prepare(run: Run, recipe: Recipe, interrupt: Interrupt) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     # with model.path a model is trained further, so its own tokenizer goes on
-    source = options.tokenizer or recipe.model.get("path")
+    source = options.tokenizer or ("path" in recipe.model and resolve(recipe.model["path"]))
     tokenizer = Tokenizer.load(source) if source else _train_tokenizer(options, recipe)
     if "path" not in recipe.model and tokenizer.size > (size := recipe.config().vocab_size):
         raise ValueError(f"model.vocab_size: {size} is less than the tokenizer's {tokenizer.size}; raise it to a multiple of 64 above")
@@ -63,7 +66,7 @@ def prepare(run: Run, recipe: Recipe, interrupt: Interrupt) -> None:
                 )
         spending.update(tokens=sum(m.tokens for m in manifests.values()))
     if skipped := bad["train"].empty + bad["train"].malformed:
-        shown = "".join(f"\n  {example}" for example in bad["train"].examples)
+        shown = escape("".join(f"\n  {example}" for example in bad["train"].examples))
         meter.console.print(f"[yellow]{skipped} bad lines left out[/], the first:{shown}", highlight=False)
     run.mark_done("prepare", **{s: {"documents": m.documents, "tokens": m.tokens, "bytes": m.bytes} for s, m in manifests.items()})
 

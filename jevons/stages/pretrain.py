@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from jevons.cost.arithmetic import parameters, train_flops
-from jevons.cost.receipt import Plan, format_amount, format_flops, format_seconds
+from jevons.cost.receipt import Plan, format_flops, format_seconds
 from jevons.data.tokenizer import Tokenizer
 from jevons.model.folder import companions, load_model, resolve, save_model
 from jevons.model.transformer import Transformer
@@ -40,6 +40,7 @@ def pretrain(run: Run, recipe: Recipe, interrupt: Interrupt) -> None:
     folder.mkdir(exist_ok=True)
     tokenizer = Tokenizer.load(tokenizer_folder(run))
     model = make_model(recipe, tokenizer, where)
+    _fits(model, tokenizer, options)
     corpus = Corpus.open(
         run.stage_folder("prepare"),
         tokenizer,
@@ -73,7 +74,7 @@ def pretrain(run: Run, recipe: Recipe, interrupt: Interrupt) -> None:
     first = 0
     if (found := checkpoint.newest(folder / "checkpoints")) is not None:
         first = int(checkpoint.load(found, trainer)["step"])
-    run.truncate_metrics("pretrain", first)
+    run.truncate_metrics("pretrain", first if found else -1)
     run.note(parameters=parameters(model.config).total)
 
     files = companions(tokenizer_folder(run))
@@ -97,8 +98,16 @@ def pretrain(run: Run, recipe: Recipe, interrupt: Interrupt) -> None:
             if interrupt.requested and not last:
                 raise Interrupted(f"saved after step {step + 1} of {options.steps}; the same command continues")
     save_model(model, folder / "model", companions=files)
-    shutil.rmtree(folder / "checkpoints")
     run.mark_done("pretrain", steps=options.steps, tokens=options.steps * step_tokens)
+    shutil.rmtree(folder / "checkpoints")  # last: killed before it was done, the stage would start over without them
+
+
+def _fits(model: Transformer, tokenizer: Tokenizer, options: Pretrain) -> None:
+    """What a recipe alone cannot know where its model comes from model.path."""
+    if tokenizer.size > (size := model.config.vocab_size):
+        raise ValueError(f"the tokenizer has {tokenizer.size} tokens, the model's embedding only {size}: set prepare.tokenizer to the model's")
+    if options.sequence_length > (limit := model.config.max_position_embeddings):
+        raise ValueError(f"pretrain.sequence_length: {options.sequence_length} is more than the model's {limit} positions")
 
 
 def train_step(trainer: Trainer, corpus: Corpus, options: Pretrain, step: int, lr: float) -> tuple[Metrics, float]:
@@ -159,8 +168,8 @@ def _plan(trainer: Trainer, corpus: Corpus, options: Pretrain, flops: float, pri
 def show_plan(meter: Meter, model: Transformer, plan: Plan, peak: float, first: int, found: Path | None) -> None:
     count = parameters(model.config)
     meter.console.print(
-        f"[bold]pretrain[/] {format_amount(count.total)} parameters, {format_amount(count.active)} active a token; "
-        f"{format_amount(plan.tokens)} tokens, {format_flops(plan.flops)}; measured peak {format_flops(peak)}/s; "
+        f"[bold]pretrain[/] {count.total:,} parameters, {count.active:,} active a token; "
+        f"{plan.tokens:,} tokens, {format_flops(plan.flops)}; measured peak {format_flops(peak)}/s; "
         f"about {format_seconds(plan.seconds)} and ${plan.money:.4f}",
         highlight=False,
         soft_wrap=True,

@@ -25,6 +25,7 @@ class Optimizer:
         self.clip = clip
         self.masters = [p if p.dtype == torch.float32 else p.detach().float() for p in self.parameters]
         self.gradients = [torch.zeros_like(m, requires_grad=False) for m in self.masters]
+        self.empty = True  # whether `gradients` holds leftovers only
         matrices = [m for m in self.masters if m.dim() > 1]
         vectors = [m for m in self.masters if m.dim() <= 1]
         groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
@@ -32,11 +33,17 @@ class Optimizer:
 
     @torch.no_grad()
     def accumulate(self) -> None:
-        """Add the parameters' gradients to the fp32 sums and free them. Parameters without one (an expert never chosen) count as zero."""
+        """Add the parameters' gradients to the fp32 sums and free them; a parameter without one counts as zero."""
         for parameter, total in zip(self.parameters, self.gradients):
-            if parameter.grad is not None:
+            if parameter.grad is None:
+                if self.empty:
+                    total.zero_()
+            elif self.empty:
+                total.copy_(parameter.grad)  # half the traffic of zeroing first and adding then
+            else:
                 total.add_(parameter.grad)
-                parameter.grad = None
+            parameter.grad = None
+        self.empty = False
 
     @torch.no_grad()
     def gradient_norm(self) -> Tensor:
@@ -60,7 +67,7 @@ class Optimizer:
 
     def clear(self) -> None:
         """Forget accumulated gradients."""
-        torch._foreach_zero_(self.gradients)
+        self.empty = True
 
     def state(self) -> dict[str, Tensor]:
         """Everything that the next step depends on, as named tensors."""
