@@ -89,7 +89,9 @@ def transformers() -> dict[str, float]:
 
 def run_side(python: str, side: str, compile: bool) -> dict[str, float]:
     command = [python, __file__, "--side", side] + ["--compile"] * compile
-    done = subprocess.run(command, capture_output=True, text=True)
+    # threads that sleep instead of spinning, as `jevons` itself asks for: both sides lose less to whatever else runs here
+    environment = os.environ | {"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE")}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         sys.exit(f"{side} failed:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
@@ -110,7 +112,7 @@ def main() -> None:
     pythons = {"ours": sys.executable} | {peer: str(root / peer / "bin" / "python") for peer in arguments.peer}
     for peer in arguments.peer:
         if not Path(pythons[peer]).exists():
-            sys.exit(f"no environment for {peer}; make one: python -m venv {root / peer} && {pythons[peer]} -m pip install torch transformers")
+            sys.exit(f"no {pythons[peer]}; make it: python -m venv {root / peer} && {root / peer}/bin/pip install torch transformers")
     rates: dict[str, dict[str, list[float]]] = {}
     for _ in range(arguments.rounds):
         for side, python in pythons.items():

@@ -88,8 +88,8 @@ class Run:
         self.ledger = Ledger(root / "ledger.db")
 
     def _same_recipe(self, saved: Path, forgotten: Sequence[str]) -> None:
-        """A finished or begun stage must have been made by this recipe; keys of stages not begun, or now forgotten, may change."""
-        begun = [s for s in self.recipe.stages if s not in forgotten and self.stage_folder(s).exists()]
+        """What a stage has left to go on from must have been made by this recipe; keys of other stages may change."""
+        begun = [s for s in self.recipe.stages if s not in forgotten and (self.is_done(s) or any(self.stage_folder(s).glob("checkpoints/step-*")))]
         if not begun:
             return
         old = _flat(parse(tomllib.loads(saved.read_text(encoding="utf-8")), str(saved)).model_dump(mode="json"))

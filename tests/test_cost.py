@@ -251,7 +251,7 @@ def test_render():
     console = Console(width=80, record=True, file=io.StringIO())
     console.print(render(rows))
     text = console.export_text()
-    parts = "tiny on cpu|1,234,567|12,346|0.0300|30.0%|1m 40s|3.00 T|planned|1,000,000|0.0090|1,235,567|2m 00s"
+    parts = "tiny on cpu|1.23M|pretrain|12,346|0.0300|30.0%|1m 40s|3.00 T|planned|1.00M|0.0090|1.24M|2m 00s"
     assert [part for part in parts.split("|") if part not in text] == []
     console.print(render([]))
     assert [format_amount(v) for v in (0, 0.01234, 5576000.0)] == ["0.00", "0.0123", "5,576,000.00"]

@@ -45,7 +45,7 @@ def folder() -> Path:
 
 
 def test_greedy_tokens_are_those_of_transformers(folder):
-    """200 tokens of ten prompts in fp32, all decoded in one batch; each must be the argmax of transformers' full forward on what precedes."""
+    """200 tokens of ten prompts in fp32, all decoded in one batch; each the argmax of transformers' forward on what precedes."""
     transformers = pytest.importorskip("transformers")
     tokenizer = Tokenizer.load(folder)
     model = load_model(folder, dtype=torch.float32)

@@ -125,7 +125,7 @@ def render(receipts: Iterable[Receipt]) -> Table:
     text_columns = [key for key in names if key not in shared]
     totals = total(rows)
     footers = {
-        "tokens": f"{totals.tokens:,}",
+        "tokens": format_count(totals.tokens),
         "time": format_seconds(totals.seconds),
         "FLOPs": format_flops(totals.flops).removesuffix("FLOP"),
         "tokens/s": "",
@@ -136,7 +136,7 @@ def render(receipts: Iterable[Receipt]) -> Table:
     }
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_footer=bool(rows), pad_edge=False, collapse_padding=True)
     for key in text_columns:
-        table.add_column(key, footer="total" if key == text_columns[0] else "")
+        table.add_column(key, footer="total" if key == text_columns[0] else "", no_wrap=key == "stage")
     for key, footer in footers.items():
         table.add_column(key, footer=footer, justify="right", no_wrap=True)
     for i, r in enumerate(rows):
@@ -163,12 +163,20 @@ def _device(receipt: Receipt) -> str:
 
 
 def _amounts(tokens: int, seconds: float, flops: float) -> tuple[str, str, str]:
-    return f"{tokens:,}", format_seconds(seconds), format_flops(flops).removesuffix("FLOP")  # the column's head says so
+    return format_count(tokens), format_seconds(seconds), format_flops(flops).removesuffix("FLOP")  # the column's head says so
 
 
 def format_amount(amount: float) -> str:
     """Money or hours: two decimals, four where two would hide most of it."""
     return f"{amount:,.4f}" if 0 < abs(amount) < 1 else f"{amount:,.2f}"
+
+
+def format_count(count: int) -> str:
+    """A count in three digits: 812, 98.3K, 2.05M, 671B, 14.8T."""
+    for exponent, prefix in ((12, "T"), (9, "B"), (6, "M"), (3, "K")):
+        if (scaled := count / 10**exponent) >= 1:
+            return f"{scaled:.{2 if scaled < 10 else 1 if scaled < 100 else 0}f}{prefix}"
+    return str(count)
 
 
 def format_seconds(seconds: float) -> str:

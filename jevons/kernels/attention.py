@@ -3,8 +3,9 @@
 Problem: packed tokens hold documents of any length, and a query must see the earlier tokens of its own document only.
 Approach: segments of similar length are laid out as a padded (S, L) batch and go through torch's fused attention with its
 causal flag. Padding stands at the end of a segment, so under a causal mask no real query ever sees it and no mask tensor is
-needed. On the CPU the fused backward is several times slower than plain products up to a thousand tokens, so there the
-backward is written out: probabilities once more, then five batched products, a few megabytes at a time. Not done: FlexAttention (no CPU backward) and varlen kernels (CUDA only, and they refuse MLA's V width).
+needed. On the CPU the fused backward is made for long sequences and several times slower than plain products on short
+documents, so for those it is written out: probabilities once more, then five batched products, a few megabytes at a time.
+Not done: FlexAttention (no CPU backward) and varlen kernels (CUDA only, and they refuse MLA's V width).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-PLAIN_LENGTH = 2048  # up to here the written-out CPU backward wins; measured on AVX-512 and AMX machines
+PLAIN_LENGTH = 256  # up to here the written-out CPU backward wins: 5 ms against 30 at 45 x 75 tokens, 51 against 34 at 8 x 512
 CHUNK_SCORES = 2**20  # scores in flight in it: what the second-level cache holds
 
 
@@ -83,7 +84,7 @@ def segment_attention(q_TNH: Tensor, k_TMH: Tensor, v_TMV: Tensor, buckets: Sequ
     for bucket in buckets:
         q, k, v = (bucket.spread(x) for x in (q_TNH, k_TMH, v_TMV))
         out_SLNH = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale).transpose(1, 2)
-        if bucket.index_SL is None:
+        if bucket.token_X is None:
             return out_SLNH.flatten(0, 1)[..., :width]
         out_TNH = out_TNH.index_copy(0, bucket.token_X, out_SLNH.flatten(0, 1)[bucket.slot_X])
     return out_TNH[..., :width]

@@ -105,7 +105,7 @@ def pretrain(run: Run, recipe: Recipe, interrupt: Interrupt) -> None:
 def _fits(model: Transformer, tokenizer: Tokenizer, options: Pretrain) -> None:
     """What a recipe alone cannot know where its model comes from model.path."""
     if tokenizer.size > (size := model.config.vocab_size):
-        raise ValueError(f"the tokenizer has {tokenizer.size} tokens, the model's embedding only {size}: set prepare.tokenizer to the model's")
+        raise ValueError(f"the tokenizer has {tokenizer.size} tokens, the model's embedding {size}: take the model's own")
     if options.sequence_length > (limit := model.config.max_position_embeddings):
         raise ValueError(f"pretrain.sequence_length: {options.sequence_length} is more than the model's {limit} positions")
 

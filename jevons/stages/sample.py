@@ -13,7 +13,7 @@ from jevons.run import Run
 from jevons.tasks.task import get_task
 
 COUNT = 2  # problems of each task, or documents
-BEGINNING = 24  # tokens of a held-out document to continue
+BEGINNING = 24  # tokens of a held-out document to continue, half of it at most
 
 
 def prompt_ids(tokenizer: Tokenizer, question: str) -> list[int]:
@@ -39,6 +39,6 @@ def log_samples(run: Run, recipe: Recipe, model: Transformer, tokenizer: Tokeniz
         return
     for i in range(min(COUNT, held_out.num_documents)):
         start, stop = held_out.document(i)
-        beginning = held_out.tokens(start, min(stop, start + BEGINNING)).tolist()
+        beginning = held_out.tokens(start, start + min(BEGINNING, (stop - start + 1) // 2)).tolist()
         (sample,) = engine.generate([beginning], SamplingParams(max_tokens=room // 2, temperature=0.8, top_p=0.95, seed=recipe.seed))
         run.log(stage, step, sample={"prompt": tokenizer.decode(beginning), "reply": tokenizer.decode(sample.tokens, skip_special=True)})

@@ -60,10 +60,12 @@ def get_task(name: str, **options: Any) -> Task:
     assert tuple(kinds) == TASKS
     if name not in kinds:
         raise ValueError(f"task: unknown {name!r}; known: {', '.join(TASKS)}")
-    known = [field.name for field in dataclasses.fields(kinds[name])]
-    for option in options:
+    known = {field.name: type(field.default) for field in dataclasses.fields(kinds[name])}
+    for option, value in options.items():
         if option not in known:
             raise ValueError(f"task {name}: unknown option {option!r}; known: {', '.join(known)}")
+        if type(value) is not known[option]:
+            raise ValueError(f"task {name}: {option}: must be {known[option].__name__}, is {value!r}")
     return kinds[name](**options)
 
 
