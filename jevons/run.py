@@ -29,7 +29,7 @@ from typing import Any
 
 from jevons.cost.ledger import Ledger
 from jevons.cost.receipt import Plan, Receipt, total
-from jevons.data.disk import remove_folder, write_json, write_text
+from jevons.data.disk import remove_folder, sweep, write_json, write_text
 from jevons.recipe import STAGES, Recipe, parse
 
 LEDGER_SECONDS = 5.0  # how often a running stage writes what it cost so far
@@ -75,6 +75,10 @@ class Run:
         self.recipe, self.device = recipe, device
         self.folder = root / recipe.name
         self.folder.mkdir(parents=True, exist_ok=True)
+        sweep(self.folder)
+        for stage in recipe.stages:
+            if self.is_done(stage):  # killed before it could do that itself
+                remove_folder(self.stage_folder(stage) / "checkpoints")
         self.metrics_path = self.folder / "metrics.jsonl"
         saved = self.folder / "recipe.toml"
         forgotten = self._from(again) if again else ()
@@ -89,7 +93,8 @@ class Run:
 
     def _same_recipe(self, saved: Path, forgotten: Sequence[str]) -> None:
         """What a stage has left to go on from must have been made by this recipe; keys of other stages may change."""
-        begun = [s for s in self.recipe.stages if s not in forgotten and (self.is_done(s) or any(self.stage_folder(s).glob("checkpoints/step-*")))]
+        kept = [s for s in self.recipe.stages if s not in forgotten]
+        begun = [s for s in kept if self.is_done(s) or any(self.stage_folder(s).glob("checkpoints/step-*"))]
         if not begun:
             return
         old = _flat(parse(tomllib.loads(saved.read_text(encoding="utf-8")), str(saved)).model_dump(mode="json"))

@@ -189,7 +189,7 @@ def assert_ends_alike(run: Path, finished: Path) -> None:
     for row, expected in zip(rows(run), rows(other)):
         for key in ("loss", "grad_norm", "validation_loss", "lr", "tokens", "sample"):
             assert row.get(key) == expected.get(key), (row, key)
-    assert {p.name for p in run.rglob("*")} - {".tmp"} == {p.name for p in other.rglob("*")}
+    assert {p.relative_to(run) for p in run.rglob("*")} == {p.relative_to(other) for p in other.rglob("*")}
 
 
 # --- one run ---
@@ -406,26 +406,26 @@ KILLS = ["pretrain.save_every=2", "pretrain.log_every=1"]
 
 @pytest.fixture(scope="module")
 def often(finished, tmp_path_factory):
-    """The uninterrupted run of the killed ones: how many changes to the disk it makes, how long it takes, what it leaves."""
+    """The uninterrupted run of the killed ones: what it leaves and how many changes to the disk it makes."""
     root = tmp_path_factory.mktemp("often")
     process = start(["run", finished / "tiny.toml", "--runs", root / "runs", *KILLS])
     process.join()
     assert process.exitcode == 0
-    began = time.perf_counter()
-    again = start(["run", finished / "tiny.toml", "--runs", root / "again", *KILLS])
-    again.join()
     weights = "tiny/pretrain/model/model.safetensors"
     assert (root / "runs" / weights).read_bytes() == (finished / "runs" / weights).read_bytes()  # saving changes nothing
-    return root, process.counter.value, time.perf_counter() - began
+    return root, process.counter.value
 
 
 def test_killed_at_random_moments(often, recipe, tmp_path):
-    uninterrupted, _, seconds = often
+    uninterrupted, changes = often
     rng, before, killed = random.Random(5), {}, 0
     arguments = ["run", recipe, "--runs", tmp_path / "runs", *KILLS]
     for _ in range(5):
         process = start(arguments)
-        process.join(rng.uniform(0.15, 0.8) * seconds)
+        reached = rng.randrange(changes // 3)  # so that a slow machine, too, comes somewhere
+        while process.is_alive() and process.counter.value < reached:
+            time.sleep(0.001)
+        process.join(rng.uniform(0, 0.05))
         process.kill()
         process.join()
         killed += process.exitcode == -signal.SIGKILL
@@ -453,17 +453,16 @@ def killed_before_changes(points, uninterrupted, recipe, root):
     assert_ends_alike(root / "tiny", uninterrupted)
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_killed_between_two_changes_to_the_disk(seed, often, recipe, tmp_path):
+def test_killed_between_two_changes_to_the_disk(often, recipe, tmp_path):
     # a kill at a random time rarely hits the few moments that matter: when a checkpoint appears, an old one goes, a stage ends
-    uninterrupted, changes, _ = often
-    killed_before_changes(random.Random(seed).sample(range(1, changes // 2), 5), uninterrupted, recipe, tmp_path / "runs")
+    uninterrupted, changes = often
+    killed_before_changes(random.Random(0).sample(range(1, changes // 2), 5), uninterrupted, recipe, tmp_path / "runs")
 
 
 @pytest.mark.slow
-def test_killed_before_every_change_to_the_disk(often, recipe, tmp_path):
-    uninterrupted, changes, _ = often
-    for fatal in range(1, changes + 1):
+def test_killed_before_any_change_to_the_disk(often, recipe, tmp_path):
+    uninterrupted, changes = often
+    for fatal in range(changes, 0, -7):
         killed_before_changes([fatal], uninterrupted, recipe, tmp_path / str(fatal))
         shutil.rmtree(tmp_path / str(fatal))
 
@@ -471,9 +470,9 @@ def test_killed_before_every_change_to_the_disk(often, recipe, tmp_path):
 @pytest.mark.slow
 def test_started_over_and_killed(often, finished, recipe, tmp_path):
     # --from must not leave a stage that counts as done and stands on nothing
-    uninterrupted, _, _ = often
+    uninterrupted, _ = often
     arguments = ["run", recipe, "--runs", tmp_path / "runs", *KILLS]
-    for fatal in range(1, 60):
+    for fatal in range(1, 60, 3):
         shutil.copytree(uninterrupted / "runs", tmp_path / "runs")
         process = start([*arguments, "--from", "prepare"], fatal)
         process.join()
@@ -582,7 +581,7 @@ def test_a_full_disk(error, which, tmp_path, recipe, jevons_, monkeypatch, finis
     monkeypatch.setattr(module, "save_file", full)
     code, _, err = jevons_("run", recipe, "--runs", tmp_path)
     assert code == 1 and "Traceback" not in err
-    assert "No space left on device" in err and "step-00000012" in err or error is FULL
+    assert "No space left on device" in err and (error is FULL or "step-00000012" in err)
     assert "The disk is full; nothing that was saved before is lost." in err
     left = tmp_path / "tiny/pretrain/checkpoints"
     assert sorted(p.name for p in left.iterdir()) == ["step-00000004", "step-00000008"]
@@ -651,7 +650,7 @@ def test_bad_lines_are_reported_with_their_numbers(tmp_path, recipe, jevons_):
     [
         (None, ["prepare.sources=['nowhere.jsonl']"], "nowhere.jsonl: no text found there"),
         (TEXTS[:1], ["prepare.field=body"], "no documents to write"),
-        (TEXTS[:1], [], "validation: no documents"),
+        (TEXTS[:1], [], "none of their documents fell into validation; give more documents (a .txt file is one)"),
         (TEXTS[:1], ["prepare.loss_on=assistant"], "text.jsonl:1: plain text has no assistant"),
         (TEXTS[:40], ["pretrain.sequence_length=128", "pretrain.batch_size=2", "prepare.validation_share=0.49"], None),
         (TEXTS[:12], ["pretrain.sequence_length=128", "prepare.validation_share=0.49"], "prepare more text or shorten sequence_length"),
@@ -668,6 +667,7 @@ def test_tokenizer_and_model_must_fit(tmp_path, recipe, jevons_, copy):
     train_bpe(WORDS * 2, 400).save(tmp_path / "large")
     code, _, err = jevons_("run", recipe, "--runs", tmp_path / "new", f"prepare.tokenizer={tmp_path / 'large'}")
     assert code == 1 and "model.vocab_size: 320 is less than the tokenizer's " in err
+    # nothing of it is worth keeping, so the next try may be another recipe
     code, _, err = jevons_("run", recipe, "--runs", tmp_path / "new", f"prepare.tokenizer={tmp_path / 'none'}")
     assert code == 1 and "none/tokenizer.json: no such file" in err
     # shards that another tokenizer wrote are other text
@@ -695,7 +695,7 @@ def test_a_model_is_trained_further(tmp_path, recipe, jevons_, finished):
     assert (tmp_path / "tiny/pretrain/model/tokenizer.json").read_bytes() == (model / "tokenizer.json").read_bytes()
     train_bpe(WORDS * 2, 400).save(tmp_path / "large")
     code, _, err = jevons_("run", path, "--runs", tmp_path, "name=b", f"prepare.tokenizer={tmp_path / 'large'}", *changes)
-    assert code == 1 and "the model's embedding only 320" in err
+    assert code == 1 and "the model's embedding 320" in err
     code, _, err = jevons_("run", path, "--runs", tmp_path, "name=c", "pretrain.sequence_length=129", *changes)
     assert code == 1 and "pretrain.sequence_length: 129 is more than the model's 128 positions" in err
     code, _, err = jevons_("run", path, "--runs", tmp_path, "name=d", "model.path=nowhere")
@@ -785,7 +785,7 @@ def test_export_opens_in_transformers(finished, tmp_path, jevons_):
 
 def test_receipt_and_report(copy, jevons_):
     code, out, _ = jevons_("receipt", copy / "tiny")
-    assert code == 0 and all(word in out for word in ("prepare", "pretrain", "planned", "evaluate", "total", "5,120"))
+    assert code == 0 and all(word in out for word in ("prepare", "pretrain", "planned", "evaluate", "total", "5.12K"))
     assert jevons_("receipt", "--runs", copy)[1] == out == jevons_("receipt", "tiny", "--runs", copy)[1]
     code, _, err = jevons_("receipt", "other", "--runs", copy)
     assert code == 1 and "other: no such run" in err

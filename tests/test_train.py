@@ -351,7 +351,7 @@ def test_validation_by_hand(tmp_path):
             if len(part) < 2:
                 continue
             hidden_TD = model(part[:-1], torch.arange(len(part) - 1), Packed(torch.tensor([0, len(part) - 1]))).hidden_TD
-            nats += float(F.cross_entropy(model.logits(hidden_TD), part[1:], reduction="sum"))
+            nats += F.cross_entropy(model.logits(hidden_TD), part[1:], reduction="sum").item()
             targets += part[1:].tolist()
     letters = len(tokenizer.decode(targets, skip_special=True))  # ASCII: a letter is a byte
     assert loss == pytest.approx(nats / len(targets), rel=1e-5)

@@ -12,7 +12,6 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +54,8 @@ def new_folder(path: Path) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     aside, old = (path.with_name(f".{path.name}.{os.getpid()}.{kind}") for kind in ("tmp", "old"))
-    for left in path.parent.glob(f".{escape(path.name)}.[0-9]*.*"):  # by a process that was killed: as large as what it was writing
-        shutil.rmtree(left)
+    for left in (aside, old):  # of a killed process that had this number, as in containers all have
+        shutil.rmtree(left, ignore_errors=True)
     aside.mkdir()
     try:
         yield aside
@@ -80,8 +79,17 @@ def new_folder(path: Path) -> Iterator[Path]:
 def remove_folder(path: Path) -> None:
     """Delete a folder, if it is there, so that a kill leaves all of it or nothing."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.old")
+    shutil.rmtree(aside, ignore_errors=True)
     if path.exists():
         path.rename(aside)
         _sync(path.parent)
-    for left in path.parent.glob(f".{escape(path.name)}.[0-9]*.old"):
-        shutil.rmtree(left)
+        shutil.rmtree(aside)
+
+
+def sweep(folder: Path) -> None:
+    """Delete what killed processes left aside anywhere below `folder`, up to whole models. Not while another process writes there."""
+    for left in [*folder.rglob(".*.*.tmp"), *folder.rglob(".*.*.old")]:
+        if left.is_dir():
+            shutil.rmtree(left)
+        else:
+            left.unlink(missing_ok=True)  # it may have stood in a folder that is gone by now

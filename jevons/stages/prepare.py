@@ -100,13 +100,19 @@ def _split(options: Prepare, seed: int, split: str, bad: BadLines) -> Iterator[D
     """The documents of one split. Of sources, a document's own text decides which split it is in; tasks have disjoint problems for each."""
     if options.tasks:
         count = _expected(options, split)
-        return itertools.islice(problems(options.tasks, "train" if split == "train" else "test", seed), count)
+        yield from itertools.islice(problems(options.tasks, "train" if split == "train" else "test", seed), count)
+        return
     per_million = options.validation_share * 1_000_000
-    return (
-        d
-        for d in read_documents(options.sources, field=options.field, bad=bad)
-        if (_hash(d) % 1_000_000 < per_million) == (split == "validation")
-    )
+    empty = True
+    for document in read_documents(options.sources, field=options.field, bad=bad):
+        if (_hash(document) % 1_000_000 < per_million) == (split == "validation"):
+            empty = False
+            yield document
+    if empty and not bad.empty + bad.malformed:
+        raise ValueError(
+            f"prepare.sources: none of their documents fell into {split}; give more documents (a .txt file is one) "
+            f"or change prepare.validation_share, which is {options.validation_share}"
+        )
 
 
 def _hash(document: Document) -> int:

@@ -120,7 +120,8 @@ def train_step(trainer: Trainer, corpus: Corpus, options: Pretrain, step: int, l
     except FloatingPointError as error:
         raise FloatingPointError(
             f"pretrain step {step + 1}, windows {first} to {first + options.batch_size - 1} (lr {lr:.2e}): {error}. "
-            "Nothing was saved over the last good checkpoint; lower pretrain.lr, lengthen pretrain.warmup_steps, or look at that data"
+            "Nothing was saved over the last good checkpoint; lower pretrain.lr or lengthen pretrain.warmup_steps "
+            "and start over with --from pretrain, or look at that data"
         ) from error
 
 
