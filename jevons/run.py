@@ -10,6 +10,7 @@ Time spent is kept in the ledger beside the runs, row by row as it passes, so a 
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import platform
@@ -25,7 +26,7 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import IO, Any
 
 from jevons.cost.ledger import Ledger
 from jevons.cost.receipt import Plan, Receipt, total
@@ -75,6 +76,7 @@ class Run:
         self.recipe, self.device = recipe, device
         self.folder = root / recipe.name
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = self._take()
         sweep(self.folder)
         for stage in recipe.stages:
             if self.is_done(stage):  # killed before it could do that itself
@@ -90,6 +92,16 @@ class Run:
         write_text(saved, recipe.to_toml())
         self.id = self._environment()
         self.ledger = Ledger(root / "ledger.db")
+
+    def _take(self) -> IO[str]:
+        """The run for this process alone, for as long as it lives: two would sweep away each other's unfinished files."""
+        lock = (self.folder / ".lock").open("w")
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            raise ValueError(f"{self.folder}: another process is working on this run; wait for it, or choose another name=...") from None
+        return lock
 
     def _same_recipe(self, saved: Path, forgotten: Sequence[str]) -> None:
         """What a stage has left to go on from must have been made by this recipe; keys of other stages may change."""
@@ -176,7 +188,7 @@ class Run:
             peak_flops=peak_flops,
             price_per_hour=self.recipe.price_per_hour,
             started=earlier.started if earlier else time.time(),
-            planned=planned,
+            planned=(earlier.planned if earlier and earlier.finished is None else None) or planned,
         )
         spending = Spending(receipt, self.ledger)
         try:
