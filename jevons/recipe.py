@@ -34,6 +34,7 @@ class TaskMix(Section):
 
     task: str
     share: float = Field(1.0, gt=0)
+    turns: int = Field(1, ge=1)  # a conversation asks one to this many problems, one after the other
     options: dict[str, Any] = {}
 
     @model_validator(mode="after")
@@ -48,7 +49,7 @@ class Prepare(Section):
     sources: tuple[str, ...] = ()
     field: str | None = None  # of JSON lines and Parquet; None: text or messages, whichever is there
     tasks: tuple[TaskMix, ...] = ()
-    documents: int = Field(0, ge=0)  # how many to generate from tasks; 0 with sources: all there are
+    documents: int = Field(0, ge=0)  # how many conversations to generate from tasks; sources are read whole
     tokenizer: str | None = None  # a folder with tokenizer.json; None: train one of model.vocab_size
     loss_on: Literal["all", "assistant"] = "all"  # which tokens are learned from; assistant needs messages
     validation_share: float = Field(0.01, gt=0, lt=0.5)

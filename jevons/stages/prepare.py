@@ -23,7 +23,7 @@ from jevons.model.folder import resolve
 from jevons.progress import Meter
 from jevons.recipe import Prepare, Recipe, TaskMix
 from jevons.run import Interrupt, Interrupted, Run
-from jevons.tasks.task import Task, get_task
+from jevons.tasks.task import Split, Task, get_task
 
 TOKENIZER_CHARACTERS = 20_000_000  # what a tokenizer is trained on; more changes little
 
@@ -120,15 +120,16 @@ def _hash(document: Document) -> int:
     return zlib.crc32(text.encode())
 
 
-def problems(mixes: tuple[TaskMix, ...], split: str, seed: int) -> Iterator[Document]:
-    """Worked problems without end, tasks drawn by their shares."""
-    tasks: list[Task] = [get_task(mix.task, **mix.options) for mix in mixes]
+def problems(mixes: tuple[TaskMix, ...], split: Split, seed: int) -> Iterator[Document]:
+    """Conversations of worked problems without end, tasks drawn by their shares; no problem index is used twice."""
+    tasks: list[tuple[Task, int]] = [(get_task(mix.task, **mix.options), mix.turns) for mix in mixes]
     weights = [mix.share for mix in mixes]
     rng = random.Random(seed)
-    for index in itertools.count():
-        (task,) = rng.choices(tasks, weights)
-        problem = task.problem("train" if split == "train" else "test", index, seed)
-        yield Document(None, task.worked(problem), task.name, index)
+    index = itertools.count()
+    for number in itertools.count():
+        ((task, turns),) = rng.choices(tasks, weights)
+        asked = [task.problem(split, next(index), seed) for _ in range(rng.randint(1, turns))]
+        yield Document(None, tuple(message for problem in asked for message in task.worked(problem)), task.name, number)
 
 
 def tokenizer_folder(run: Run) -> Path:
