@@ -95,7 +95,7 @@ class Run:
 
     def _take(self) -> IO[str]:
         """The run for this process alone, for as long as it lives: two would sweep away each other's unfinished files."""
-        lock = (self.folder / ".lock").open("w")
+        lock = (self.folder.parent / f".{self.folder.name}.lock").open("w")
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

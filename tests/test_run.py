@@ -822,10 +822,8 @@ def test_a_recipe_is_saved_as_it_was_run(finished):
 
 
 def test_two_processes_cannot_work_on_one_run(recipe, jevons_, tmp_path):
-    folder = tmp_path / "tiny"
-    folder.mkdir()
     holder = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print('held', flush=True); sys.stdin.read()"
-    command = [sys.executable, "-c", holder, folder / ".lock"]
+    command = [sys.executable, "-c", holder, tmp_path / ".tiny.lock"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "held\n"
         code, _, err = jevons_("run", recipe, "--runs", tmp_path)
