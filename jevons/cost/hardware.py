@@ -1,4 +1,4 @@
-"""What a device can do on paper: peak dense bf16 FLOPS from the makers' data sheets, looked up in November 2026.
+"""What a device can do on paper: peak dense bf16 FLOPS as the makers' data sheets state it. Written in November 2026.
 
 Only the fallback. A CPU, a laptop or a clocked-down card reaches less, so a run measures its own peak where it can and uses
 this table where nothing was measured, and for plans. Sparsity is never counted; devices not listed have no peak.
