@@ -121,7 +121,7 @@ def test_a_token_of_weight_zero_leaves_no_gradient():
 # --- attention ---
 
 
-@pytest.mark.parametrize("plain_length", [256, 0])  # the written-out backward, and torch's own for long segments
+@pytest.mark.parametrize("plain_length", [1024, 0])  # the written-out backward, and torch's own for long segments
 @pytest.mark.parametrize(("heads", "kv_heads", "value_width"), [(4, 4, 8), (4, 2, 8), (6, 1, 8), (4, 4, 5)])
 def test_segment_attention(assert_close, monkeypatch, heads, kv_heads, value_width, plain_length):
     monkeypatch.setattr(attention, "PLAIN_LENGTH", plain_length)

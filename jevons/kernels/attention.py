@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-PLAIN_LENGTH = 256  # up to here the written-out CPU backward wins: 5 ms against 30 at 45 x 75 tokens, 51 against 34 at 8 x 512
+PLAIN_LENGTH = 1024  # up to here the written-out CPU backward is used: 5 ms against 30 at 45 x 75 tokens, docs/LOG.md for 512
 CHUNK_SCORES = 2**20  # scores in flight in it: what the second-level cache holds
 
 
