@@ -101,7 +101,7 @@ def export(
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
     mtp: Annotated[bool, typer.Option("--mtp/--no-mtp", help="Keep multi-token-prediction modules.")] = True,
 ) -> None:
-    """Write a model as a Hugging Face folder that transformers, vLLM and SGLang open."""
+    """Write a model as a Hugging Face folder, which transformers and the engines that read its format open."""
     if dtype not in ("bfloat16", "float16", "float32"):
         raise ValueError(f"--dtype: must be bfloat16, float16 or float32, is {dtype!r}")
     if out.exists():
