@@ -107,9 +107,6 @@ class Tokenizer:
         """Text of ids; bytes that are not UTF-8 become U+FFFD. `<think>` is not special, so it stays."""
         return self.raw.decode(list(ids), skip_special_tokens=skip_special)
 
-    def token_id(self, token: str) -> int | None:
-        return self.raw.token_to_id(token)
-
     @cached_property
     def template(self) -> ChatTemplate | None:
         if self.chat_template is None:
