@@ -85,8 +85,9 @@ async def to_job(
     fields = {name: value for name, value in params.items() if value is not None}
     room = service.engine_loop.max_length - len(prompt)
     try:
+        bounds = _budget(service.tokenizer, conversation, thinking)
         drawing = SamplingParams(
-            **fields | {"max_tokens": min(fields.get("max_tokens", room), room), "thinking": _budget(service.tokenizer, conversation, thinking)}
+            **fields | {"max_tokens": min(fields.get("max_tokens", room), room), "thinking": bounds}
         )
     except ValueError as error:
         raise refused(error) from error
@@ -192,7 +193,7 @@ def _grammar(tokenizer: Tokenizer, conversation: Conversation, tool_format: Tool
         except ValueError as error:
             raise refused(error, "tools") from error
     if conversation.grammar is not None:
-        message = "response_format: with tools on offer the reply cannot be held to a format; send tool_choice none or required, or no tools"
+        message = "response_format: with tools on offer the reply cannot be held to a format; send tool_choice none or no tools"
         raise APIError(400, message, param="response_format")
     return None
 
@@ -215,8 +216,8 @@ def read_messages(value: Any, where: str = "messages") -> list[Message]:
             message = Message.from_dict(data)
         except ValueError as error:
             name = str(error).partition(":")[0]
-            named = name if name in ("role", "content", "tool_calls", "tool_call_id", "name", "reasoning", "reasoning_content") else ""
-            raise APIError(400, f"{where}[{i}]{'.' if named else ': '}{error}", param=f"{where}[{i}]{'.' if named else ''}{named}") from error
+            at = f"{where}[{i}].{name}" if name.isidentifier() else f"{where}[{i}]"
+            raise APIError(400, f"{where}[{i}]{'.' if name.isidentifier() else ': '}{error}", param=at) from error
         if message.role not in ("system", "user", "assistant", "tool"):
             at = f"{where}[{i}].role"
             raise APIError(400, f"{at}: must be system, developer, user, assistant or tool, is {message.role!r}", param=at)
@@ -264,7 +265,8 @@ def read_tool_choice(value: Any, tools: Sequence[dict[str, Any]]) -> tuple[ToolC
         inner = value.get("function") if isinstance(value, dict) and value.get("type") == "function" else None
         name = inner.get("name") if isinstance(inner, dict) else None
         if name not in names:
-            message = f"tool_choice: must be none, auto, required or a function of tools ({', '.join(names) or 'none given'}), is {str(value)[:80]}"
+            known = ", ".join(names) or "none given"
+            message = f"tool_choice: must be none, auto, required or a function of tools ({known}), is {str(value)[:80]}"
             raise APIError(400, message, param="tool_choice")
     if not names:
         raise APIError(400, "tool_choice: required, but no tools are given", param="tool_choice")
