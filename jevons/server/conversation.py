@@ -68,27 +68,20 @@ async def to_job(
     limits = service.limits
     if not 1 <= n <= limits.max_n:
         raise APIError(400, f"n: must be between 1 and {limits.max_n}, is {n}", param="n")
-    if len(stop) > limits.max_stop:
-        raise APIError(400, f"stop: at most {limits.max_stop} strings, are {len(stop)}", param="stop")
-    size = sum(len(m.content) + len(m.reasoning) for m in conversation.messages) + len(str(conversation.tools))
-    try:
-        if size > LONG_TEXT:
-            prompt, thinking = await to_thread.run_sync(_encode, service.tokenizer, conversation)
-        else:
-            prompt, thinking = _encode(service.tokenizer, conversation)
-    except ValueError as error:
-        raise refused(error, "messages") from error
+    _check_count("stop", stop, limits.max_stop)
+    if any(len(text) > limits.max_stop_length for text in stop):
+        raise APIError(400, f"stop: a string may have {limits.max_stop_length} characters at most", param="stop")
+    prompt, thinking = await encode(service, conversation)
     longest = min(limits.max_prompt_tokens, service.engine_loop.max_length - 1)
     if len(prompt) > longest:
         message = f"messages: {len(prompt):,} tokens with the chat template, but at most {longest:,} fit; shorten the conversation"
         raise APIError(400, message, param="messages", code="context_length_exceeded")
     fields = {name: value for name, value in params.items() if value is not None}
     room = service.engine_loop.max_length - len(prompt)
+    most = min(fields.get("max_tokens", limits.default_max_tokens or room), room)
     try:
         bounds = _budget(service.tokenizer, conversation, thinking)
-        drawing = SamplingParams(
-            **fields | {"max_tokens": min(fields.get("max_tokens", room), room), "thinking": bounds}
-        )
+        drawing = SamplingParams(**fields | {"max_tokens": most, "thinking": bounds})
     except ValueError as error:
         raise refused(error) from error
     tool_format = detect_format(service.tokenizer.chat_template) if _offered(conversation) else None
@@ -104,12 +97,29 @@ async def to_job(
     )
 
 
+async def encode(service: Service, conversation: Conversation) -> tuple[list[int], bool]:
+    """The prompt's ids, and whether the reply begins inside of thinking."""
+    _check_count("messages", conversation.messages, service.limits.max_messages)
+    _check_count("tools", conversation.tools, service.limits.max_tools)
+    size = sum(len(m.content) + len(m.reasoning) for m in conversation.messages) + len(str(conversation.tools))
+    try:
+        if size > LONG_TEXT:
+            return await to_thread.run_sync(_encode, service.tokenizer, conversation)
+        return _encode(service.tokenizer, conversation)
+    except ValueError as error:
+        raise refused(error, "messages") from error
+
+
+def _check_count(name: str, values: Sequence[Any], most: int) -> None:
+    if len(values) > most:
+        raise APIError(400, f"{name}: at most {most}, are {len(values)}", param=name)
+
+
 def _offered(conversation: Conversation) -> bool:
     return bool(conversation.tools) and conversation.tool_choice != "none"
 
 
 def _encode(tokenizer: Tokenizer, conversation: Conversation) -> tuple[list[int], bool]:
-    """The prompt's ids, and whether the reply begins inside of thinking."""
     template = tokenizer.template
     if template is None:
         raise ValueError("this model has no chat template; send text to /v1/completions")
