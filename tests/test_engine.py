@@ -10,8 +10,9 @@ from functools import cache
 import pytest
 import torch
 
-from jevons.engine.cache import Paged, Pool, bytes_per_token
+from jevons.engine.cache import Paged
 from jevons.engine.engine import Engine
+from jevons.engine.pool import Pool, bytes_per_token
 from jevons.engine.sampling import sample, sampling_logps
 from jevons.engine.sequence import Sample, SamplingParams
 from jevons.kernels.attention import absorbed_attention, causal_attention_ref, chunk_attention, row_attention
@@ -333,8 +334,8 @@ def test_any_schedule_conserves_blocks(seed: int) -> None:
                 if event.sample:
                     answers[event.id] = (alive.pop(event.id), event.sample)
         assert pool.free + pool.used == pool.num_blocks
-        held = [b for s in engine.scheduler.running for b in s.blocks]
-        assert len(held) == len(set(held)) == pool.used and engine.has_work == bool(alive)
+        held = {b for s in engine.scheduler.running for b in s.blocks}
+        assert len(held) == pool.used and engine.has_work == bool(alive)
         assert not any(s.blocks for s in engine.scheduler.waiting)
     steps = 0
     while engine.has_work:
@@ -408,8 +409,8 @@ def test_frequencies_match_probabilities() -> None:
     logits = torch.tensor([0.3, -1.0, 2.0, 0.0, 1.0, -math.inf, -0.5])
     for settings in (SamplingParams(), SamplingParams(temperature=1.7, top_k=5), SamplingParams(temperature=0.8, top_p=0.9)):
         n = 20000
-        generator = torch.Generator().manual_seed(0)
-        drawn = sample(logits.expand(n, -1), [settings] * n, [generator] * n)
+        uniforms = torch.rand(n, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).tolist()
+        drawn = sample(logits.expand(n, -1), [settings] * n, uniforms)
         expected = sampling_logps(logits[None], settings)[0].exp() * n
         counts = torch.bincount(torch.tensor(drawn.tokens), minlength=7).float()
         inside = expected > 0
@@ -421,17 +422,14 @@ def test_frequencies_match_probabilities() -> None:
 def test_mixed_rows_draw_as_alone() -> None:
     logits = torch.randn(5, 40, generator=torch.Generator().manual_seed(3)) * 2
     params = [SamplingParams(), SamplingParams(temperature=0), SamplingParams(top_k=3), SamplingParams(), SamplingParams(temperature=1e-9)]
-
-    def generators() -> list[torch.Generator]:
-        return [torch.Generator().manual_seed(i) for i in range(5)]
-
-    together = sample(logits, params, generators())
+    uniforms = [0.9, 0.1, 0.5, 0.3, 0.7]
+    together = sample(logits, params, uniforms)
     for i in range(5):
-        alone = sample(logits[i : i + 1], params[i : i + 1], generators()[i : i + 1])
+        alone = sample(logits[i : i + 1], params[i : i + 1], uniforms[i : i + 1])
         assert (alone.tokens[0], alone.logps[0], alone.raw_logps[0]) == (together.tokens[i], together.logps[i], together.raw_logps[i])
     assert together.tokens[1] == logits[1].argmax() and together.tokens[4] == logits[4].argmax()
 
 
 def test_broken_weights_are_reported() -> None:
     with pytest.raises(ValueError, match="not finite"):
-        sample(torch.tensor([[0.0, math.nan]]), [SamplingParams()], [torch.Generator()])
+        sample(torch.tensor([[0.0, math.nan]]), [SamplingParams()], [0.5])

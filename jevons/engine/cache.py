@@ -1,12 +1,11 @@
-"""The paged cache, and attention over it.
+"""Attention over the paged cache.
 
-Problem: sequences of unknown length share one memory, and a step mixes prompts being read with sequences that grow by one
-token. Approach: the pool is cut into blocks of a few tokens; a sequence owns a list of blocks. `Paged` is the engine's
-attention context for one step: it lays the flat batch out once, in its constructor, as parts of three kinds (new
-prompts, later chunks of prompts, single tokens), and every layer writes its keys and walks the parts. For MLA the cache
-holds the latent and the rope key alone; prompts expand them to keys and values, single tokens attend in latent space.
-Not done: sharing blocks between sequences, and kernels that read blocks in place (rows are gathered, except where a lone
-sequence's blocks are contiguous).
+Problem: a step mixes prompts being read with sequences that grow by one token, or by a few where some were drafted.
+Approach: `Paged` is the engine's attention context for one step: it lays the flat batch out once, in its constructor, as
+parts of three kinds (new prompts, later chunks of prompts, rows: single tokens), and every layer writes its keys and walks
+the parts. For MLA the cache holds the latent and the rope key alone; prompts expand them to keys and values, rows attend in
+latent space. Rows read their blocks in place where the native kernels are there, and are gathered elsewhere, except where
+a lone sequence's blocks are contiguous.
 """
 
 from __future__ import annotations
@@ -17,74 +16,12 @@ import math
 import torch
 from torch import Tensor
 
+from jevons.engine.pool import Memory, Pool
 from jevons.kernels.attention import absorbed_attention, chunk_attention, row_attention
 from jevons.model.attend import Packed, expand_latent
-from jevons.model.config import ModelConfig
-
-Memory = tuple[Tensor, ...]  # one layer's: (keys, values), or (latents with rope keys,)
 
 SHORT = 256  # single tokens whose contexts are no longer than this share a padded call, whatever their lengths
-
-
-class Pool:
-    """Cache memory of `num_blocks` blocks of `block_size` tokens in every layer, MTP modules included, and who owns which.
-
-    `layers[i]` is (keys (slots, M, H), values (slots, M, H)) for GQA and (latents with rope keys (slots, C + R),) for MLA.
-    Memory is not cleared: no reader may touch a slot that was not written.
-    """
-
-    def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device, num_blocks: int, block_size: int = 16) -> None:
-        if num_blocks < 1 or block_size < 1:
-            raise ValueError(f"num_blocks and block_size must be at least 1, are {num_blocks} and {block_size}")
-        self.config, self.device = config, device
-        self.num_blocks, self.block_size = num_blocks, block_size
-        slots, shapes = num_blocks * block_size, token_shapes(config)
-        self.layers = [tuple(torch.empty(slots, *s, dtype=dtype, device=device) for s in shapes) for _ in range(layer_count(config))]
-        self._free = list(range(num_blocks))[::-1]  # a stack: a lone sequence gets blocks in order
-        self._owned = bytearray(num_blocks)
-
-    @property
-    def free(self) -> int:
-        return len(self._free)
-
-    @property
-    def used(self) -> int:
-        return sum(self._owned)
-
-    def blocks_for(self, tokens: int) -> int:
-        return -(-tokens // self.block_size)
-
-    def allocate(self, n: int) -> list[int]:
-        assert n <= len(self._free), (n, len(self._free))
-        blocks = [self._free.pop() for _ in range(n)]
-        for block in blocks:
-            assert not self._owned[block], block
-            self._owned[block] = 1
-        return blocks
-
-    def release(self, blocks: list[int]) -> None:
-        for block in reversed(blocks):
-            assert self._owned[block], f"block {block} freed twice"
-            self._owned[block] = 0
-            self._free.append(block)
-        assert len(self._free) <= self.num_blocks
-
-
-def layer_count(config: ModelConfig) -> int:
-    return config.num_hidden_layers + config.num_nextn_predict_layers
-
-
-def token_shapes(config: ModelConfig) -> list[tuple[int, ...]]:
-    """Shapes of what one token leaves in one layer."""
-    if config.kv_lora_rank is not None:
-        return [(config.kv_lora_rank + config.qk_rope_head_dim,)]
-    return [(config.num_key_value_heads, config.head_dim)] * 2
-
-
-def bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
-    """Cache of one token in all layers: (C + R) scalars a layer for MLA, 2 M H for GQA."""
-    scalars = sum(torch.Size(shape).numel() for shape in token_shapes(config))
-    return scalars * layer_count(config) * dtype.itemsize
+FEW = 8  # so many tokens after cached ones are rows of their own (a drafted token is one), more are a chunk
 
 
 class Paged:
@@ -105,8 +42,9 @@ class Paged:
         while i < len(new):
             end = _part_end(cached, new, i)
             span = slice(start, start + sum(new[i:end]))
-            if new[i] == 1:
-                self.parts.append(_Rows(pool, span, tables[i:end], [c + 1 for c in cached[i:end]]))
+            if _is_rows(cached[i], new[i]):
+                rows = [(table, p + 1) for table, row in zip(tables[i:end], positions[i:end]) for p in row]
+                self.parts.append(_Rows(pool, span, [table for table, _ in rows], [length for _, length in rows]))
             elif cached[i] == 0:
                 self.parts.append(_Prompts(pool, span, new[i:end]))
             else:
@@ -115,8 +53,9 @@ class Paged:
 
     @staticmethod
     def order(cached: int, new: int) -> tuple[bool, bool, int]:
-        """Sort key of a sequence: single tokens first, by length, then new prompts, then later chunks."""
-        return new > 1, new > 1 and cached > 0, cached
+        """Sort key of a sequence: rows first, by length, then new prompts, then later chunks."""
+        rows = _is_rows(cached, new)
+        return not rows, not rows and cached > 0, cached
 
     def gqa(self, layer: int, q_TNH: Tensor, k_TMH: Tensor, v_TMH: Tensor, scale: float) -> Tensor:
         keys, values = memory = self.layers[layer]
@@ -133,12 +72,16 @@ class Paged:
         return out[0] if len(out) == 1 else torch.cat(out)
 
 
+def _is_rows(cached: int, new: int) -> bool:
+    return new == 1 or (cached > 0 and new <= FEW)
+
+
 def _part_end(cached: list[int], new: list[int], i: int) -> int:
     """The end of the part that begins with sequence i: as many following ones as attend well in one call."""
     end = i + 1
-    if new[i] == 1:
+    if _is_rows(cached[i], new[i]):
         longest = max(SHORT, 2 * (cached[i] + 1))  # padding at most doubles the work
-        while end < len(new) and new[end] == 1 and cached[end] < longest:
+        while end < len(new) and _is_rows(cached[end], new[end]) and cached[end] + new[end] <= longest:
             end += 1
     elif cached[i] == 0:
         while end < len(new) and new[end] > 1 and cached[end] == 0:

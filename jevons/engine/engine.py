@@ -2,37 +2,46 @@
 
 One loop serves reinforcement learning, evaluation and the server: `submit` requests, call `step` until they are done. A
 step is one forward of the model, the trainer's own module, over a flat batch of whatever the scheduler chose, with the
-paged cache as attention context. Not thread-safe: one thread owns an engine. Not done: drafting, graphs, several devices.
+paged cache as attention context. Not thread-safe: one thread owns an engine. Not done: graphs, several devices.
 """
 
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Many
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from jevons.engine.cache import Paged, Pool, bytes_per_token
-from jevons.engine.sampling import sample
+from jevons.engine.cache import Paged
+from jevons.engine.constraint import Constraint
+from jevons.engine.draft import NGram
+from jevons.engine.pool import Pool, bytes_per_token
+from jevons.engine.sampling import alternatives, sample
 from jevons.engine.scheduler import Scheduler
-from jevons.engine.sequence import Alternatives, Sample, SamplingParams, Sequence, StopReason
+from jevons.engine.sequence import Alternatives, Grammar, Sample, SamplingParams, Sequence, StopReason
+from jevons.model.attend import Packed
 from jevons.model.folder import locate
 from jevons.model.transformer import Transformer
 
 CACHE_BYTES = 2**30  # memory is touched only where sequences reach
+SCORED = 64  # prompt rows whose logits are held at once
 
 
 class Event(NamedTuple):
-    """One new token of one request; `sample` is the whole answer when this token finished it. Log-probabilities as in `Sample`."""
+    """One new token of one request; `sample` is the whole answer when this token finished it. Other fields as in `Sample`."""
 
     id: int
     token: int
     logp: float
     raw_logp: float
     logprobs: Alternatives
+    cached: int
+    seconds: float
     sample: Sample | None
 
 
@@ -41,7 +50,9 @@ class Engine:
 
     The cache holds `num_blocks` blocks, or as many as fit `cache_bytes` and `max_sequences` sequences of full length could
     use. `max_batch_tokens` bounds a step, so also how long a prompt's reading delays other requests' tokens. `stop_ids`
-    default to the model's end-of-sequence ids; pass () to let only `max_tokens` stop.
+    default to the model's end-of-sequence ids; pass () to let only `max_tokens` stop. `share_prefixes` keeps what was read
+    for prompts that begin alike. `draft` guesses tokens ahead, `draft_tokens` at a time, while at most `draft_rows` rows
+    would be computed: "mtp" by the model's own module, "ngram" by repetition; the text is the same either way.
     """
 
     def __init__(
@@ -54,80 +65,249 @@ class Engine:
         max_batch_tokens: int = 2048,
         max_sequences: int = 64,
         stop_ids: Iterable[int] | None = None,
+        share_prefixes: bool = True,
+        draft: Literal["mtp", "ngram"] | None = None,
+        draft_tokens: int = 1,
+        draft_rows: int = 8,
     ) -> None:
         config, weight = model.config, model.model.embed_tokens.weight
+        if draft == "mtp" and not config.num_nextn_predict_layers:
+            raise ValueError("draft: the model has no multi-token-prediction module (or it was loaded without); use 'ngram'")
+        if draft and draft_tokens < 1:
+            raise ValueError(f"draft_tokens: must be at least 1, is {draft_tokens}")
         if num_blocks is None:
             useful = max_sequences * -(-config.max_position_embeddings // block_size)
             num_blocks = min(cache_bytes // (bytes_per_token(config, weight.dtype) * block_size), useful)
         self.model = model
         self.pool = Pool(config, dtype=weight.dtype, device=weight.device, num_blocks=num_blocks, block_size=block_size)
-        self.scheduler = Scheduler(self.pool, max_batch_tokens, max_sequences)
+        self.scheduler = Scheduler(self.pool, max_batch_tokens, max_sequences, share_prefixes=share_prefixes)
         self.stop_ids = frozenset(config.eos_token_ids if stop_ids is None else stop_ids)
         self.max_length = min(config.max_position_embeddings, self.pool.num_blocks * block_size)
-        self.version = 0
+        self.draft, self.draft_tokens, self.draft_rows = draft, draft_tokens, draft_rows
+        self.drafted = self.accepted = self.prompt_tokens = self.drawn_tokens = self.steps = 0
+        self._ngram = NGram()
         self._sequences: dict[int, Sequence] = {}
+        self._constraints: dict[int, Constraint] = {}
         self._ids = itertools.count()
+
+    @property
+    def version(self) -> int:
+        return self.scheduler.version
 
     @property
     def has_work(self) -> bool:
         return bool(self._sequences)
 
-    def submit(self, prompt: Many[int], params: SamplingParams) -> int:
+    def snapshot(self) -> dict[str, float]:
+        """Numbers for whoever watches: what runs now, and counts since the engine was made (prefixes in tokens)."""
+        scheduler, pool = self.scheduler, self.pool
+        return {
+            "running": len(scheduler.running),
+            "waiting": len(scheduler.waiting),
+            "max_sequences": scheduler.max_sequences,
+            "total_blocks": pool.num_blocks,
+            "used_blocks": pool.num_blocks - pool.free,
+            "cached_blocks": pool.idle,
+            "prefix_queries": scheduler.prefix_queries,
+            "prefix_hits": scheduler.prefix_hits,
+            "preemptions": scheduler.preemptions,
+            "drafted": self.drafted,
+            "accepted": self.accepted,
+            "prompt_tokens": self.prompt_tokens,
+            "drawn_tokens": self.drawn_tokens,
+            "steps": self.steps,
+        }
+
+    def submit(self, prompt: Many[int], params: SamplingParams, *, tenant: str = "", grammar: Grammar | None = None) -> int:
         """Queue a request; its id. An answer that reaches the model's positions or the whole cache stops with "length".
 
-        Raises ValueError for a prompt that is empty, has ids outside the vocabulary, or leaves no room for a token.
+        Prefixes are shared, and service is fair, by `tenant`. Raises ValueError for a prompt that is empty, has ids outside
+        the vocabulary, or leaves no room for a token.
         """
         config, tokens = self.model.config, list(prompt)
         if not tokens:
             raise ValueError("prompt: is empty; give at least one token")
-        for i, token in enumerate(tokens):
-            if not 0 <= token < config.vocab_size:
-                raise ValueError(f"prompt: token {i} is {token}, outside the vocabulary of {config.vocab_size}")
+        if min(tokens) < 0 or max(tokens) >= config.vocab_size:
+            i = next(i for i, token in enumerate(tokens) if not 0 <= token < config.vocab_size)
+            raise ValueError(f"prompt: token {i} is {tokens[i]}, outside the vocabulary of {config.vocab_size}")
         if len(tokens) >= config.max_position_embeddings:
             raise ValueError(f"prompt: {len(tokens)} tokens and one more exceed the model's {config.max_position_embeddings} positions")
         if len(tokens) >= self.max_length:
             raise ValueError(f"prompt: {len(tokens)} tokens and one more exceed the cache of {self.max_length}; raise num_blocks")
         if params.record_routes and not config.n_routed_experts:
             raise ValueError("record_routes: the model has no routed experts")
+        if any(i >= config.vocab_size for i, _ in params.logit_bias):
+            raise ValueError(f"logit_bias: a token id is outside the vocabulary of {config.vocab_size}")
         stop_ids = self.stop_ids.union(params.stop_ids)
-        sequence = Sequence(next(self._ids), tokens, params, stop_ids=stop_ids, max_length=self.max_length)
+        sequence = Sequence(next(self._ids), tokens, params, stop_ids=stop_ids, max_length=self.max_length, tenant=tenant)
+        if Constraint.wanted(params, grammar):
+            self._constraints[sequence.id] = Constraint(tokens, params, stop_ids, grammar)
         self._sequences[sequence.id] = sequence
         self.scheduler.add(sequence)
         return sequence.id
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
-        """One forward. Events of the requests that got a token; none while prompts are being read, or without work."""
+        """One forward. Events of the requests that got tokens; none while prompts are being read, or without work."""
+        start = time.perf_counter()
+        self._propose()
         batch = self.scheduler.schedule()
         if not batch:
             return []
-        batch.sort(key=lambda item: Paged.order(item[0].computed, item[1]))
-        sequences = [sequence for sequence, _ in batch]
-        new = [count for _, count in batch]
+        batch.sort(key=lambda item: Paged.order(item[0].computed, item[1] + len(item[0].draft)))
+        new = [count + len(s.draft) for s, count in batch]
+        sequences = [s for s, _ in batch]
         attend = Paged(self.pool, [s.blocks for s in sequences], [s.computed for s in sequences], new)
-        tokens = [t for s, count in batch for t in s.tokens[s.computed : s.computed + count]]
-        output = self.model(torch.tensor(tokens, device=self.pool.device), attend.positions_T, attend)
+        tokens = [t for s, count in batch for t in s.tokens[s.computed : s.computed + count] + s.draft]
+        hidden_TD, routing = self.model(torch.tensor(tokens, device=self.pool.device), attend.positions_T, attend)
         ends = list(itertools.accumulate(new))
         if any(s.params.record_routes for s in sequences):
-            routes_TLK = torch.stack([r.experts_TK for r in output.routing], dim=1).to("cpu", torch.int16)
-            for sequence, count, end in zip(sequences, new, ends):
-                if sequence.params.record_routes:
+            routes_TLK = torch.stack([r.experts_TK for r in routing], dim=1).to("cpu", torch.int16)
+            for (sequence, count), end in zip(batch, ends):
+                if sequence.params.record_routes:  # these bring no draft
                     sequence.record(routes_TLK[end - count : end])
+        for (sequence, count), end in zip(batch, ends):
+            if sequence.params.prompt_logprobs is not None:
+                self._score_prompt(sequence, hidden_TD[end - count : end])
+        events = self._draw(batch, ends, hidden_TD)
+        share = (time.perf_counter() - start) / len(tokens)
+        for sequence, rows in zip(sequences, new):
+            sequence.seconds += share * rows
+        if self.draft == "mtp":
+            self._guess(batch, ends, tokens, hidden_TD, attend)
+        self.steps += 1
+        self.prompt_tokens += len(tokens) - len(events)
+        self.drawn_tokens += len(events)
+        return events
+
+    def _draw(self, batch: list[tuple[Sequence, int]], ends: list[int], hidden_TD: Tensor) -> list[Event]:
+        """Draw from the rows whose tokens are all computed, drafts while the draws agree with them."""
+        ready = [(s, end - 1 - len(s.draft)) for (s, count), end in zip(batch, ends) if count == s.pending]
         for sequence, count in batch:
-            sequence.computed += count
-        ready = [(s, end - 1) for s, end in zip(sequences, ends) if not s.pending]
+            if count < sequence.pending:
+                self.scheduler.computed(sequence, count)
         if not ready:
             return []
-        hidden_SD = output.hidden_TD
-        if len(ready) < len(hidden_SD):  # only rows that are sampled meet the vocabulary
-            hidden_SD = hidden_SD[torch.tensor([row for _, row in ready], device=self.pool.device)]
-        drawn = sample(self.model.logits(hidden_SD), [s.params for s, _ in ready], [s.generator for s, _ in ready])
-        events = []
-        for (sequence, _), token, logp, raw_logp, logprobs in zip(ready, *drawn):
-            reason = sequence.append(token, logp, raw_logp, logprobs, self.version)
+        rows = [(s, row + j, j) for s, row in ready for j in range(1 + len(s.draft))]
+        if len(rows) < len(hidden_TD):  # only rows that are sampled meet the vocabulary
+            hidden_TD = hidden_TD[torch.tensor([row for _, row, _ in rows], device=self.pool.device)]
+        logits_SW = self.model.logits(hidden_TD).float()
+        allowed_SW = None
+        for i, (sequence, _, _) in enumerate(rows):
+            if constraint := self._constraints.get(sequence.id):
+                allowed_SW = logits_SW.clone() if allowed_SW is None else allowed_SW
+                constraint.apply(allowed_SW[i])
+        uniforms = [0.0 if s.params.greedy else s.uniform(j) for s, _, j in rows]
+        drawn = sample(logits_SW, [s.params for s, _, _ in rows], uniforms, allowed_SW)
+        events, at = [], 0
+        for sequence, _ in ready:
+            draft, sequence.draft = sequence.draft, []
+            constraint = self._constraints.get(sequence.id)
+            before = len(sequence.tokens) - sequence.computed
+            for j in range(1 + len(draft)):
+                token, logp, raw_logp, best = (field[at + j] for field in drawn)
+                if constraint and (instead := constraint.replace(token)) != token:
+                    raw_logp += (logits_SW[at + j, instead] - logits_SW[at + j, token]).item()
+                    token, logp = instead, 0.0
+                if constraint:
+                    constraint.accept(token)
+                reason = sequence.append(token, logp, raw_logp, best, self.version)
+                if reason is not None or j == len(draft) or token != draft[j]:
+                    break
+            self.drafted += len(draft)
+            self.accepted += j
+            self.scheduler.computed(sequence, before + j)
             finished = None if reason is None else self._finish(sequence, reason)
-            events.append(Event(sequence.id, token, logp, raw_logp, logprobs, finished))
+            for i in range(j + 1):
+                token, logp, raw_logp = (x[-1 - j + i] for x in (sequence.tokens, sequence.logps, sequence.raw_logps))
+                last = finished if i == j else None
+                events.append(
+                    Event(sequence.id, token, logp, raw_logp, drawn.logprobs[at + i], sequence.cached or 0, sequence.seconds, last)
+                )
+            at += 1 + len(draft)
         return events
+
+    def _propose(self) -> None:
+        """Let n-grams guess ahead while few rows would be computed."""
+        if self.draft != "ngram" or len(self.scheduler.running) * 2 > self.draft_rows:
+            return
+        for sequence in self.scheduler.running:
+            if sequence.pending == 1 and self._drafts(sequence):
+                each = self.draft_rows // len(self.scheduler.running) - 1
+                sequence.draft = self._ngram.propose(sequence, min(each, self.draft_tokens, sequence.max_length - len(sequence.tokens) - 1))
+
+    def _drafts(self, sequence: Sequence) -> bool:
+        return sequence.id not in self._constraints and not sequence.params.record_routes
+
+    def _guess(self, batch: list[tuple[Sequence, int]], ends: list[int], tokens: list[int], hidden_TD: Tensor, attend: Paged) -> None:
+        """Run the MTP module over the step's rows, so that its cache keeps up, and take its guesses as drafts.
+
+        Row by row it reads the hidden state and the token that came after. Rows of refused drafts leave keys that the next
+        step writes over. Further guesses feed the module its own output, as it was not trained to: each is likelier wrong.
+        """
+        following = torch.tensor([*tokens[1:], 0])
+        wanted: list[tuple[Sequence, int]] = []
+        running = [s for s, _ in batch if s.state == "running"]
+        few = 2 * len(running) <= self.draft_rows
+        for (sequence, _), start, end in zip(batch, [0, *ends], ends):
+            if sequence.state != "running":
+                continue
+            first = int(attend.positions_T[start])
+            known = sequence.tokens[first + 1 : first + 1 + end - start]
+            following[start : start + len(known)] = torch.tensor(known)
+            if sequence.pending == 1 and few and self._drafts(sequence) and len(sequence.tokens) + 1 < sequence.max_length:
+                wanted.append((sequence, start + len(known) - 1))
+        following = following.to(self.pool.device)
+        guess_TD = self.model.mtp(hidden_TD, following, attend.positions_T, attend).hidden_TD
+        guess_SD = guess_TD[torch.tensor([row for _, row in wanted], device=self.pool.device, dtype=torch.int64)]
+        for depth in range(self.draft_tokens):
+            wanted = [(s, i) for i, (s, _) in enumerate(wanted)]
+            if not wanted:
+                return
+            next_S = self.model.logits(guess_SD).argmax(-1)
+            for (sequence, _), token in zip(wanted, next_S.tolist()):
+                sequence.draft.append(token)
+            if depth + 1 == self.draft_tokens:
+                return
+            keep = [
+                i
+                for i, (s, _) in enumerate(wanted)
+                if len(s.tokens) + len(s.draft) + 1 < s.max_length and self.pool.blocks_for(s.computed + len(s.draft)) <= len(s.blocks)
+            ]
+            wanted = [wanted[i] for i in keep]
+            if not wanted or (2 + depth) * len(running) > self.draft_rows:
+                return
+            where = torch.tensor(keep, device=self.pool.device)
+            cached = [s.computed + len(s.draft) - 1 for s, _ in wanted]
+            ahead = Paged(self.pool, [s.blocks for s, _ in wanted], cached, [1] * len(wanted))
+            guess_SD = self.model.mtp(guess_SD[where], next_S[where], ahead.positions_T, ahead).hidden_TD
+
+    def _score_prompt(self, sequence: Sequence, hidden_LD: Tensor) -> None:
+        """Log-probabilities of the prompt's tokens that follow the rows just computed."""
+        wanted, done = sequence.params.prompt_logprobs, sequence.prompt_logprobs
+        assert wanted is not None
+        first = sequence.computed + 1
+        for start in range(max(0, len(done) + 1 - first), min(len(hidden_LD), sequence.prompt_length - first), SCORED):
+            targets = sequence.tokens[first + start : min(first + start + SCORED, first + len(hidden_LD), sequence.prompt_length)]
+            logits_LW = self.model.logits(hidden_LD[start : start + len(targets)]).float()
+            normaliser_L = logits_LW.logsumexp(-1)
+            chosen_L = logits_LW.gather(1, torch.tensor(targets, device=logits_LW.device)[:, None])[:, 0] - normaliser_L
+            done += zip(chosen_L.tolist(), alternatives(logits_LW, normaliser_L, [wanted] * len(targets)))
+
+    @torch.inference_mode()
+    def embed(self, prompts: Many[Many[int]]) -> Tensor:
+        """Mean of each prompt's hidden states, scaled to length 1: (len(prompts), D) in fp32, on the CPU."""
+        rows = []
+        for prompt in prompts:
+            if not 0 < len(prompt) <= self.model.config.max_position_embeddings:
+                raise ValueError(f"input: {len(prompt)} tokens; must be between 1 and {self.model.config.max_position_embeddings}")
+            tokens_T = torch.tensor(list(prompt), device=self.pool.device)
+            if not 0 <= int(tokens_T.min()) <= int(tokens_T.max()) < self.model.config.vocab_size:
+                raise ValueError(f"input: a token id is outside the vocabulary of {self.model.config.vocab_size}")
+            attend = Packed(torch.tensor([0, len(prompt)]), self.pool.device)
+            hidden_TD = self.model(tokens_T, torch.arange(len(prompt), device=self.pool.device), attend).hidden_TD
+            rows.append(F.normalize(hidden_TD.float().mean(0), dim=0).cpu())
+        return torch.stack(rows)
 
     def abort(self, id: int) -> Sample:
         """Drop a request at any moment; what it has so far. ValueError for an id that is unknown or already finished."""
@@ -137,6 +317,8 @@ class Engine:
 
     def _finish(self, sequence: Sequence, reason: StopReason) -> Sample:
         del self._sequences[sequence.id]
+        self._constraints.pop(sequence.id, None)
+        self._ngram.forget(sequence.id)
         self.scheduler.remove(sequence)
         return sequence.sample(reason, self.version)
 
@@ -166,7 +348,7 @@ class Engine:
                 if progress is not None:
                     progress(len(samples), tokens)
         finally:
-            self._abort_all()
+            self.abort_all()
         return [samples[id] for id in ids]
 
     def stream(self, prompt: Many[int], params: SamplingParams) -> Iterator[int]:
@@ -179,9 +361,10 @@ class Engine:
                 for event in self.step():
                     yield event.token
         finally:
-            self._abort_all()
+            self.abort_all()
 
-    def _abort_all(self) -> None:
+    def abort_all(self) -> None:
+        """Drop every request."""
         for id in list(self._sequences):
             self.abort(id)
 
@@ -193,7 +376,7 @@ class Engine:
         keys of old weights under queries of new ones belong to no model. Raises ValueError for an unknown name, a wrong shape or
         a missing tensor; the model is then a mixture, to be loaded again before use.
         """
-        self.scheduler.preempt_all()
+        self.scheduler.new_weights(self.version)
         slots = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
         filled = dict.fromkeys(slots, 0)
         for name, tensor in items:
@@ -210,4 +393,4 @@ class Engine:
             filled[slot] += tensor.numel()
         if missing := [name for name, count in filled.items() if count != slots[name].numel()]:
             raise ValueError(f"load_weights: missing or incomplete: {', '.join(missing)}")
-        self.version = version
+        self.scheduler.version = version

@@ -2,8 +2,8 @@
 
 Two log-probabilities are returned for each token: of the distribution that it was drawn from, and of the model's own. A
 policy gradient that uses the wrong one of them is biased as soon as the temperature or a filter is not neutral.
-Every sequence draws one uniform number a token from its own generator and inverts the cumulative distribution, so what
-it says does not depend on who else is in the batch. Not done: penalties and grammars.
+Every token costs its sequence one uniform number from its own generator, which inverts the cumulative distribution, so what
+it says does not depend on who else is in the batch, nor on whether a token was drafted (see engine/draft.py).
 """
 
 from __future__ import annotations
@@ -62,12 +62,16 @@ def _nucleus_floor(x_SW: Tensor, normaliser_S1: Tensor, top_p: float, candidates
     return floor_S1
 
 
-def sample(logits_SW: Tensor, params: Sequence[SamplingParams], generators: Sequence[torch.Generator]) -> Drawn:
-    """Draw one token a row. Rows with the same settings share their work; greedy rows take the argmax of the raw logits.
+def sample(
+    logits_SW: Tensor, params: Sequence[SamplingParams], uniforms: Sequence[float], allowed_SW: Tensor | None = None
+) -> Drawn:
+    """Draw one token a row, row i by the number uniforms[i] in [0, 1). Rows with the same settings share their work.
 
-    Raises ValueError where logits are not finite, which only broken weights bring about.
+    `logits_SW` are the model's own; `allowed_SW`, where given, the same after penalties and grammars, from which tokens are
+    drawn. Greedy rows take the argmax. Raises ValueError where logits are not finite, which only broken weights bring about.
     """
     logits_SW = logits_SW.float()
+    allowed_SW = logits_SW if allowed_SW is None else allowed_SW
     normaliser_S = logits_SW.logsumexp(-1)
     if not bool(normaliser_S.isfinite().all()):
         raise ValueError("the model's logits are not finite: its weights are broken, or overflow in this dtype")
@@ -78,31 +82,32 @@ def sample(logits_SW: Tensor, params: Sequence[SamplingParams], generators: Sequ
     logps_S = torch.zeros(len(params), device=logits_SW.device)
     for key, rows in groups.items():
         where = slice(None) if len(rows) == len(params) else torch.tensor(rows, device=logits_SW.device)
-        group_SW = logits_SW[where]
+        group_SW = allowed_SW[where]
         if not key:
             tokens_S[where] = group_SW.argmax(-1)
             continue
         logps_SW = sampling_logps(group_SW, params[rows[0]])
-        token_S1 = _invert(logps_SW, [generators[row] for row in rows])
+        token_S1 = _invert(logps_SW, [uniforms[row] for row in rows])
         tokens_S[where] = token_S1.squeeze(1)
         logps_S[where] = logps_SW.gather(1, token_S1).squeeze(1)
     raw_logps_S = logits_SW.gather(1, tokens_S[:, None]).squeeze(1) - normaliser_S
-    return Drawn(tokens_S.tolist(), logps_S.tolist(), raw_logps_S.tolist(), _alternatives(logits_SW, normaliser_S, params))
+    wanted = [p.logprobs for p in params]
+    return Drawn(tokens_S.tolist(), logps_S.tolist(), raw_logps_S.tolist(), alternatives(logits_SW, normaliser_S, wanted))
 
 
-def _invert(logps_SW: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+def _invert(logps_SW: Tensor, uniforms: Sequence[float]) -> Tensor:
     """Tokens (S, 1) by inverse cumulative distribution. In fp64: fp32's steps near 1 are as coarse as a big vocabulary's tail."""
     cumulative_SW = logps_SW.exp().cumsum(-1, dtype=torch.float64)
-    uniform = [torch.rand((), dtype=torch.float64, generator=g).item() for g in generators]
-    threshold_S1 = torch.tensor(uniform, dtype=torch.float64, device=logps_SW.device)[:, None] * cumulative_SW[:, -1:]
+    threshold_S1 = torch.tensor(uniforms, dtype=torch.float64, device=logps_SW.device)[:, None] * cumulative_SW[:, -1:]
     # right=True: the first entry above the threshold, so a token of probability 0 is never drawn, not even at 0.0
     return torch.searchsorted(cumulative_SW, threshold_S1, right=True)
 
 
-def _alternatives(logits_SW: Tensor, normaliser_S: Tensor, params: Sequence[SamplingParams]) -> list[Alternatives]:
-    out: list[Alternatives] = [[] for _ in params]
-    for row, p in enumerate(params):
-        if p.logprobs:
-            best = logits_SW[row].topk(min(p.logprobs, logits_SW.shape[1]))
+def alternatives(logits_SW: Tensor, normaliser_S: Tensor, wanted: Sequence[int]) -> list[Alternatives]:
+    """The wanted[i] likeliest tokens of each row with their log-probabilities."""
+    out: list[Alternatives] = [[] for _ in wanted]
+    for row, count in enumerate(wanted):
+        if count:
+            best = logits_SW[row].topk(min(count, logits_SW.shape[1]))
             out[row] = list(zip(best.indices.tolist(), (best.values - normaliser_S[row]).tolist()))
     return out

@@ -7,8 +7,9 @@ tokens, its blocks of cache, its own random generator. Everything is token ids; 
 from __future__ import annotations
 
 import math
+from collections import deque
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -20,16 +21,58 @@ State = Literal["waiting", "running", "finished"]
 Alternatives = list[tuple[int, float]]  # token ids with the model's own log-probability, best first
 
 
+class Grammar(Protocol):
+    """What may be drawn next, as a state machine over token ids (`server/grammar.py` makes them)."""
+
+    def mask(self, words: Tensor) -> bool:
+        """Fill int32 words (ceil(W / 32),), bit i for token i; False where everything is allowed and nothing was filled."""
+
+    def accept(self, token: int) -> None:
+        """Advance by a token that was drawn."""
+
+    @property
+    def done(self) -> bool:
+        """Only the end is left."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThinkingBudget:
+    """Bounds on thinking, in tokens (s1's budget forcing, arXiv 2501.19393).
+
+    `end_ids` are what ends thinking (`</think>`, one or several ids). At `max_tokens` they are forced; before `min_tokens`
+    the end is not taken: where the model draws it, `wait_ids` ("Wait") are put in its place, or, without them, it cannot be
+    drawn at all. Thinking begins at once where `start_ids` is empty, else where the answer begins with them. What is forced
+    counts as thinking and as output.
+    """
+
+    end_ids: tuple[int, ...]
+    max_tokens: int | None = None
+    min_tokens: int = 0
+    start_ids: tuple[int, ...] = ()
+    wait_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.end_ids:
+            raise ValueError("thinking: end_ids must name what ends thinking")
+        if self.min_tokens < 0 or (self.max_tokens is not None and self.max_tokens < self.min_tokens):
+            raise ValueError(f"thinking: needs 0 <= min_tokens <= max_tokens, has {self.min_tokens} and {self.max_tokens}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How to draw tokens. Applied in transformers' order: temperature, top-k, top-p, min-p.
+    """How to draw tokens. In this order: penalties and bias, what is forbidden, temperature, top-k, top-p, min-p.
 
-    temperature 0 takes the argmax of the model's logits. top_k 0, top_p 1 and min_p 0 switch a filter off. `stop_ids` are
-    added to the engine's. The same `seed` gives the same text whatever else is in the batch; None draws a fresh one.
-    `logprobs` asks for that many best alternatives of each token, `record_routes` for the experts chosen.
+    temperature 0 takes the likeliest token that is allowed. top_k 0, top_p 1, min_p 0, penalties 0 and repetition_penalty 1
+    switch a rule off. `stop_ids` are added to the engine's and cannot be drawn before `min_tokens`. `repetition_penalty`
+    divides what is likely (multiplies what is not) of all tokens seen, prompt included (CTRL, arXiv 1909.05858);
+    `presence_penalty` and `frequency_penalty` are subtracted once, and once an occurrence, for tokens of the answer
+    (OpenAI). The same `seed` gives the same text whatever else is in the batch; None draws a fresh one. `logprobs` asks for
+    that many best alternatives of each token, `prompt_logprobs` for each prompt token's log-probability and that many best
+    alternatives, `record_routes` for the experts chosen. Requests of higher `priority` are served first.
     """
 
     max_tokens: int = 256
+    min_tokens: int = 0
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
@@ -37,11 +80,19 @@ class SamplingParams:
     seed: int | None = None
     stop_ids: tuple[int, ...] = ()
     logprobs: int = 0
+    prompt_logprobs: int | None = None
     record_routes: bool = False
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    thinking: ThinkingBudget | None = None
+    priority: int = 0
 
     def __post_init__(self) -> None:
         wrong = {
             "max_tokens: must be at least 1": self.max_tokens < 1,
+            "min_tokens: must be at least 0": self.min_tokens < 0,
             "temperature: must be finite and at least 0": not 0 <= self.temperature < math.inf,
             "top_k: must be at least 0 (0 is off)": self.top_k < 0,
             "top_p: must be above 0 and at most 1": not 0 < self.top_p <= 1,
@@ -49,6 +100,13 @@ class SamplingParams:
             "seed: must fit 64 bits": self.seed is not None and not -(2**63) <= self.seed < 2**64,
             "stop_ids: must not be negative": any(i < 0 for i in self.stop_ids),
             "logprobs: must be at least 0": self.logprobs < 0,
+            "prompt_logprobs: must be at least 0, or None": (self.prompt_logprobs or 0) < 0,
+            "repetition_penalty: must be above 0 and finite": not 0 < self.repetition_penalty < math.inf,
+            "presence_penalty: must be finite": not math.isfinite(self.presence_penalty),
+            "frequency_penalty: must be finite": not math.isfinite(self.frequency_penalty),
+            "logit_bias: must be finite numbers of token ids that are not negative": any(
+                i < 0 or not math.isfinite(b) for i, b in self.logit_bias
+            ),
         }
         for message, is_wrong in wrong.items():
             if is_wrong:
@@ -58,6 +116,10 @@ class SamplingParams:
     @property
     def greedy(self) -> bool:
         return self.temperature < GREEDY_BELOW
+
+    @property
+    def penalised(self) -> bool:
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
 
 @dataclass
@@ -69,6 +131,9 @@ class Sample:
     raw_logps   log-probability of each in the model's own distribution: temperature 1, whole vocabulary
     version     of the weights that drew the first token; later ones may come from newer weights (`Engine.load_weights`)
     routes      (prompt + tokens - 1, L, K) int16, experts chosen in the L routed layers in order; the last token was never fed
+    cached      prompt tokens that were found in the prefix cache when the request was first admitted
+    seconds     device-seconds: each step's time, shared by the tokens that it computed
+    prompt_logprobs   of prompt token i + 1: its log-probability in the model's own distribution, and the best alternatives
     """
 
     tokens: list[int]
@@ -78,26 +143,38 @@ class Sample:
     version: int
     logprobs: list[Alternatives] | None = None
     routes: Tensor | None = None
+    cached: int = 0
+    seconds: float = 0.0
+    prompt_logprobs: list[tuple[float, Alternatives]] | None = None
 
 
 class Sequence:
     """One request while it lives. `tokens` is prompt and output in one list; `computed` of them are in the cache."""
 
-    def __init__(self, id: int, prompt: list[int], params: SamplingParams, *, stop_ids: frozenset[int], max_length: int) -> None:
-        self.id, self.params, self.stop_ids = id, params, stop_ids
+    def __init__(
+        self, id: int, prompt: list[int], params: SamplingParams, *, stop_ids: frozenset[int], max_length: int, tenant: str = ""
+    ) -> None:
+        self.id, self.params, self.stop_ids, self.tenant = id, params, stop_ids, tenant
         self.tokens = list(prompt)
         self.prompt_length = len(prompt)
         self.max_length = min(max_length, len(prompt) + params.max_tokens)
         self.state: State = "waiting"
         self.blocks: list[int] = []
+        self.digests: list[bytes] = []  # of the leading full blocks, as far as they were needed
         self.computed = 0
+        self.draft: list[int] = []  # guesses of the tokens after the last one
+        self.cached: int | None = None  # prompt tokens found in the prefix cache at the first admission
+        self.seconds = 0.0
+        self.turn = 0.0  # place in the order of service; see engine/scheduler.py
         self.version: int | None = None
         self.logps: list[float] = []
         self.raw_logps: list[float] = []
         self.logprobs: list[Alternatives] = []
+        self.prompt_logprobs: list[tuple[float, Alternatives]] = []
         self.routes: list[Tensor] = []  # pieces of (tokens, L, K), one a step
         self.routed = 0  # tokens in those pieces
         self.generator = torch.Generator()
+        self._uniforms: deque[float] = deque()  # drawn ahead for drafts, used up one a token
         if params.seed is None:
             self.generator.seed()
         else:
@@ -108,11 +185,24 @@ class Sequence:
         """Tokens known but not yet in the cache: 1 in decode, more in prefill and after a preemption."""
         return len(self.tokens) - self.computed
 
+    @property
+    def shares_prefix(self) -> bool:
+        """Whether cached blocks may stand for its prompt: not where something is wanted of every prompt token."""
+        return not self.params.record_routes and self.params.prompt_logprobs is None
+
+    def uniform(self, ahead: int) -> float:
+        """The number that decides the token `ahead` places from the next one; `append` uses one up."""
+        while len(self._uniforms) <= ahead:
+            self._uniforms.append(torch.rand((), dtype=torch.float64, generator=self.generator).item())
+        return self._uniforms[ahead]
+
     def append(self, token: int, logp: float, raw_logp: float, alternatives: Alternatives, version: int) -> StopReason | None:
         """Take a drawn token; the reason to stop here, if any."""
         self.tokens.append(token)
         self.logps.append(logp)
         self.raw_logps.append(raw_logp)
+        if self._uniforms:
+            self._uniforms.popleft()
         if self.params.logprobs:
             self.logprobs.append(alternatives)
         if self.version is None:
@@ -140,4 +230,7 @@ class Sequence:
             version=version if self.version is None else self.version,
             logprobs=self.logprobs if self.params.logprobs else None,
             routes=routes,
+            cached=self.cached or 0,
+            seconds=self.seconds,
+            prompt_logprobs=self.prompt_logprobs if self.params.prompt_logprobs is not None else None,
         )
