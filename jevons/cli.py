@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
+from jevons.stages.key import URL, keys
+
 app = typer.Typer(
     name="jevons",
     help="A small team's own DeepSeek: pretrain, measure and talk to a sparse language model from one recipe file.",
@@ -18,6 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+app.add_typer(keys)
 Root = Annotated[Path, typer.Option("--runs", help="The folder that holds all runs and their ledger.", envvar="JEVONS_RUNS")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Changes to the recipe, as dotted.key=value.", show_default=False)]
 
@@ -120,11 +123,25 @@ def export(
 @app.command()
 def receipt(
     run: Annotated[str | None, typer.Argument(help="A run's folder or name; all runs without it.", show_default=False)] = None,
+    by_key: Annotated[bool, typer.Option("--keys", help="What was served instead: a line a key.")] = False,
+    since: Annotated[str | None, typer.Option(help="With --keys: from 7d ago on, or from a date.", show_default="ever")] = None,
+    compare: Annotated[str, typer.Option(help="With --keys: a model of the price table to compare with.")] = "deepseek-flash",
+    prices: Annotated[Path | None, typer.Option(help="With --keys: a price file of your own.", show_default=False)] = None,
+    ledger: URL = None,  # of what was served; runs keep theirs beside them
     root: Root = Path("runs"),
 ) -> None:
-    """What runs cost: tokens, time, FLOPs and money, stage by stage, beside what was planned."""
+    """What runs cost: tokens, time, FLOPs and money, stage by stage, beside what was planned.
+
+    With --keys, what each key used of the server, and what the same tokens would have cost at another provider's prices.
+    """
     from rich.console import Console
 
+    if by_key:
+        if run:
+            raise ValueError(f"--keys: is about what was served, not about a run; leave {run!r} away")
+        from jevons.stages.key import bill
+
+        return Console().print(bill(root, ledger, since, compare, prices))
     from jevons.cost.ledger import Ledger
     from jevons.cost.receipt import render
 

@@ -1,8 +1,8 @@
 """One table of all receipts, shared by every run on a machine or in a team.
 
 A row is a stage of a run, keyed by (run_id, stage), and holds absolute totals: recording the same receipt again, after a
-crash or from two processes, changes nothing. SQLite (WAL, so that readers never block) serves one machine without a server;
-any other SQLAlchemy URL serves a team. Not done: increments, or history within a stage, which metrics.jsonl has.
+crash or from two processes, changes nothing. SQLite serves one machine without a server; any other SQLAlchemy URL serves a
+team (cost/database.py opens both). Not done: increments, or history within a stage, which metrics.jsonl has.
 """
 
 from __future__ import annotations
@@ -11,15 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sql
-from sqlalchemy.exc import DatabaseError, IntegrityError
-from sqlalchemy.schema import CreateTable
+from sqlalchemy.exc import IntegrityError
 
+from jevons.cost.database import open_database
 from jevons.cost.receipt import Receipt, Totals, total
 
-METADATA = sql.MetaData()
 RECEIPTS = sql.Table(
     "receipts",
-    METADATA,
+    sql.MetaData(),
     sql.Column("run_id", sql.String(128), primary_key=True),
     sql.Column("stage", sql.String(128), primary_key=True),
     sql.Column("run", sql.String(255), nullable=False),
@@ -39,33 +38,11 @@ RECEIPTS = sql.Table(
 class Ledger:
     """A table of receipts at a SQLAlchemy URL, or in a SQLite file that is made where it does not exist.
 
-    Raises ValueError for a file that is no SQLite database, or whose `receipts` table is not a ledger's.
+    Raises ValueError where that cannot be opened; see `open_database`.
     """
 
     def __init__(self, url_or_path: str | Path, *, busy_timeout: float = 30.0) -> None:
-        """`busy_timeout`: seconds that SQLite waits for another process's write."""
-        self.name = str(url_or_path)
-        if "://" in self.name:
-            url = sql.make_url(self.name)
-        else:
-            Path(url_or_path).parent.mkdir(parents=True, exist_ok=True)
-            url = sql.URL.create("sqlite", database=self.name)
-        is_sqlite = url.get_backend_name() == "sqlite"
-        self.engine = sql.create_engine(url, connect_args={"timeout": busy_timeout} if is_sqlite else {})
-        try:
-            with self.engine.begin() as connection:
-                if is_sqlite:
-                    connection.exec_driver_sql("PRAGMA journal_mode=WAL")
-                connection.execute(CreateTable(RECEIPTS, if_not_exists=True))
-            columns = {column["name"] for column in sql.inspect(self.engine).get_columns(RECEIPTS.name)}
-        except DatabaseError as error:
-            self.close()
-            if not any(message in str(error) for message in ("file is not a database", "unable to open database file")):
-                raise
-            raise ValueError(f"{self.name}: not a ledger ({error.orig}); name another file") from error
-        if missing := {column.name for column in RECEIPTS.columns} - columns:
-            self.close()
-            raise ValueError(f"{self.name}: not a ledger (its table `receipts` lacks {', '.join(sorted(missing))}); name another file")
+        self.engine = open_database(url_or_path, [RECEIPTS], busy_timeout=busy_timeout)
 
     def record(self, receipt: Receipt) -> None:
         """Write a stage's totals, in place of those recorded before."""

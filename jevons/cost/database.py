@@ -1,0 +1,71 @@
+"""One way to open the database that holds receipts, keys and usage: SQLite in a file, or any server by its SQLAlchemy URL.
+
+Tables are made where they are missing, by whichever process comes first. SQLite runs with a write-ahead log, so that readers
+never block, and keeps its default of syncing the log at every commit: a committed row survives a power cut too, and the meter
+writes many rows a commit. Not done: migrations. A table that lacks a column is refused, not altered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import sqlalchemy as sql
+from sqlalchemy.exc import ArgumentError, DatabaseError, NoSuchModuleError, OperationalError
+from sqlalchemy.schema import CreateIndex, CreateTable
+
+SCHEMA_LOCK = 0x6A65766F6E73  # a number of our own among PostgreSQL's advisory locks
+
+
+def open_database(url_or_path: str | Path, tables: Sequence[sql.Table], *, busy_timeout: float = 30.0) -> sql.Engine:
+    """An engine on the database, with `tables` in it. `busy_timeout`: seconds that SQLite waits for another process's write.
+
+    Raises ValueError for a file that is no SQLite database, a server that cannot be reached, or a table of another shape.
+    """
+    url = _url(url_or_path)
+    name = url.render_as_string(hide_password=True) if "://" in str(url_or_path) else str(url_or_path)
+    backend = url.get_backend_name()
+    options = {"timeout": busy_timeout} if backend == "sqlite" else {"connect_timeout": 5.0} if backend == "postgresql" else {}
+    try:
+        # a server may have dropped a connection that lay idle: ask before it is used
+        engine = sql.create_engine(url, connect_args=options, pool_pre_ping=backend != "sqlite")
+    except (ModuleNotFoundError, NoSuchModuleError) as error:
+        raise ValueError(f"{name}: no driver for {url.drivername} ({error}); for PostgreSQL: pip install 'jevons[postgres]'") from error
+    try:
+        with engine.begin() as connection:
+            if backend == "sqlite":
+                connection.exec_driver_sql("PRAGMA journal_mode=WAL")
+            elif backend == "postgresql":  # two that create the same table at once fail there, in spite of IF NOT EXISTS
+                connection.execute(sql.select(sql.func.pg_advisory_xact_lock(SCHEMA_LOCK)))
+            for table in tables:
+                connection.execute(CreateTable(table, if_not_exists=True))
+        for table in tables:
+            columns = {column["name"] for column in sql.inspect(engine).get_columns(table.name)}
+            if missing := {column.name for column in table.columns} - columns:
+                raise ValueError(f"{name}: not a ledger (its table `{table.name}` lacks {', '.join(sorted(missing))}); name another")
+        with engine.begin() as connection:  # after the check, because an index on a column that is missing is a worse message
+            if backend == "postgresql":
+                connection.execute(sql.select(sql.func.pg_advisory_xact_lock(SCHEMA_LOCK)))
+            for table in tables:
+                for index in sorted(table.indexes, key=lambda index: str(index.name)):
+                    connection.execute(CreateIndex(index, if_not_exists=True))
+    except (DatabaseError, ValueError) as error:
+        engine.dispose()
+        if isinstance(error, OperationalError) and backend != "sqlite":
+            raise ValueError(f"{name}: cannot open the ledger ({error.orig})") from error
+        if not any(message in str(error) for message in ("file is not a database", "unable to open database file")):
+            raise
+        raise ValueError(f"{name}: not a ledger ({getattr(error, 'orig', error)}); name another file") from error
+    return engine
+
+
+def _url(url_or_path: str | Path) -> sql.URL:
+    """A URL as given, or a SQLite file's; its folder is made."""
+    if "://" not in str(url_or_path):
+        Path(url_or_path).parent.mkdir(parents=True, exist_ok=True)
+        return sql.URL.create("sqlite", database=str(url_or_path))
+    try:
+        url = sql.make_url(str(url_or_path))
+    except ArgumentError as error:
+        raise ValueError("ledger: not a database's URL; one looks like postgresql://user@host/database") from error  # may hold a password
+    return url.set(drivername="postgresql+psycopg") if url.drivername in ("postgresql", "postgres") else url
