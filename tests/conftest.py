@@ -5,6 +5,8 @@ Torch is imported inside the fixtures, so that the rooms without it stay quick t
 
 from __future__ import annotations
 
+import os
+import uuid
 from typing import Any
 
 import pytest
@@ -73,3 +75,23 @@ def assert_close():
         torch.testing.assert_close(ours, theirs, rtol=0.0, atol=tolerance * scale, msg=lambda m: f"{message}: {m}")
 
     return check
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def ledger_url(request, tmp_path):
+    """The ledger's URL on each kind of database, empty: a new SQLite file, and a new schema of the server at JEVONS_TEST_POSTGRES."""
+    if request.param == "sqlite":
+        yield f"sqlite:///{tmp_path / 'ledger.db'}"
+        return
+    if not (server := os.environ.get("JEVONS_TEST_POSTGRES")):
+        pytest.skip("JEVONS_TEST_POSTGRES names no PostgreSQL server; .ci/run starts one")
+    import sqlalchemy as sql
+
+    engine, schema = sql.create_engine(server), f"test_{uuid.uuid4().hex}"
+    with engine.begin() as connection:
+        connection.exec_driver_sql(f"CREATE SCHEMA {schema}")
+    url = sql.make_url(server).update_query_dict({"options": f"-csearch_path={schema}"})
+    yield url.render_as_string(hide_password=False)
+    with engine.begin() as connection:
+        connection.exec_driver_sql(f"DROP SCHEMA {schema} CASCADE")
+    engine.dispose()

@@ -3,6 +3,7 @@
 import io
 import multiprocessing
 import sqlite3
+from datetime import UTC, datetime
 
 import pytest
 from rich.console import Console
@@ -11,6 +12,7 @@ from jevons.cost import arithmetic
 from jevons.cost.arithmetic import parameters
 from jevons.cost.hardware import peak_flops
 from jevons.cost.ledger import Ledger
+from jevons.cost.price import Prices
 from jevons.cost.receipt import Plan, Receipt, format_amount, format_flops, format_seconds, render, total
 from jevons.model.config import ModelConfig
 
@@ -259,12 +261,8 @@ def test_render():
     assert [format_flops(v) for v in (0, 5e5, 250.46e9, 3.71e24)] == ["0 FLOP", "500,000 FLOP", "250.46 GFLOP", "3.71 YFLOP"]
 
 
-@pytest.mark.parametrize("as_url", [False, True])
-def test_ledger_never_counts_twice(tmp_path, as_url):
-    path = tmp_path / "new" / "ledger.db"
-    if as_url:
-        path.parent.mkdir()
-    ledger = Ledger(f"sqlite:///{path}" if as_url else path)
+def test_ledger_never_counts_twice(ledger_url):
+    ledger = Ledger(ledger_url)
     first = receipt(tokens=10, seconds=1.0, price_per_hour=3600.0, started=2.0)
     for _ in range(3):
         ledger.record(first)
@@ -276,31 +274,37 @@ def test_ledger_never_counts_twice(tmp_path, as_url):
     assert ledger.rows("tiny") == [other, last] and ledger.rows("b2") == [other] and ledger.rows("none") == []
     assert (ledger.totals().tokens, ledger.totals("a1").money, ledger.totals("a1").stages) == (35, 3.0, 1)
     ledger.close()
-    again = Ledger(path)
+    again = Ledger(ledger_url)
     again.record(first)
     assert again.rows("a1") == [first]  # a plan that is gone is gone
     again.close()
 
 
-def _record_many(path, worker):
-    ledger = Ledger(path)
+def _record_many(url, worker):
+    ledger = Ledger(url)
     for tokens in range(20):
         ledger.record(receipt(run_id="shared", tokens=tokens))
         ledger.record(receipt(run_id=f"own{worker}", tokens=tokens, seconds=1.0))
     ledger.close()
 
 
-def test_ledger_takes_concurrent_writers(tmp_path):
-    path = tmp_path / "ledger.db"
+def test_ledger_takes_concurrent_writers(ledger_url):
     context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=_record_many, args=(path, worker)) for worker in range(3)]
+    workers = [context.Process(target=_record_many, args=(ledger_url, worker)) for worker in range(3)]
     for process in workers:
         process.start()
     for process in workers:
         process.join()
     assert [process.exitcode for process in workers] == [0, 0, 0]
-    ledger = Ledger(path)
+    ledger = Ledger(ledger_url)
     assert {row.run_id: row.tokens for row in ledger.rows()} == {"shared": 19, "own0": 19, "own1": 19, "own2": 19}
+    ledger.close()
+
+
+def test_ledger_file_is_made_and_synced_at_every_commit(tmp_path):
+    ledger = Ledger(tmp_path / "new" / "ledger.db")
+    with ledger.engine.connect() as connection:
+        assert [connection.exec_driver_sql(f"PRAGMA {name}").scalar() for name in ("journal_mode", "synchronous")] == ["wal", 2]
     ledger.close()
 
 
@@ -316,3 +320,87 @@ def test_ledger_refuses_other_files(tmp_path):
         connection.execute("CREATE TABLE receipts (shop TEXT)")
     with pytest.raises(ValueError, match=r"other\.db: not a ledger .* lacks .*run_id"):
         Ledger(other)
+    with pytest.raises(ValueError, match=r"host.*cannot open the ledger") as caught:
+        Ledger("postgresql://user:secret@/x?host=/nowhere")
+    assert "secret" not in str(caught.value)
+    with pytest.raises(ValueError, match="no driver for nonsense"):
+        Ledger("nonsense://here")
+    with pytest.raises(ValueError, match="not a database's URL") as caught:
+        Ledger("postgresql://user:secret@host:port/x")
+    assert "secret" not in str(caught.value)
+
+
+def moment(text):
+    return datetime.fromisoformat(text).replace(tzinfo=UTC).timestamp()
+
+
+def cost(prices, model, when, prompt=3_000_000, cached=1_000_000, completion=1_000_000):
+    return pytest.approx(prices.cost(model, prompt=prompt, cached=cached, completion=completion, when=moment(when)))
+
+
+def test_prices_of_day_and_week():
+    prices = Prices.load()
+    low, high = 0.003 + 2 * 0.15 + 0.60, 0.006 + 2 * 0.30 + 1.20
+    # 2026-11-25 is a Wednesday
+    times = {"00:59": low, "01:00": high, "03:59": high, "04:00": low, "05:59": low, "06:00": high, "09:59": high, "10:00": low}
+    assert [t for t, price in times.items() if cost(prices, "deepseek-flash", f"2026-11-25 {t}") != price] == []
+    assert cost(prices, "deepseek-flash", "2026-11-25 02:00") == high and cost(prices, "deepseek-flash", "2026-11-27 02:00") == high
+    assert cost(prices, "deepseek-flash", "2026-11-28 02:00") == low and cost(prices, "deepseek-flash", "2026-11-29 08:00") == low
+    # a window that passes midnight
+    day, night = 0.14 + 2 * 0.55 + 2.19, 0.035 + 2 * 0.135 + 0.55
+    times = {"16:29": day, "16:30": night, "23:59": night, "00:00": night, "00:29": night, "00:30": day}
+    assert [t for t, price in times.items() if cost(prices, "deepseek-reasoner", f"2025-03-05 {t}") != price] == []
+
+
+def test_dated_prices():
+    prices = Prices.load()
+    assert cost(prices, "deepseek-chat", "2025-02-08 15:59") == 0.014 + 2 * 0.14 + 0.28
+    assert cost(prices, "deepseek-chat", "2025-02-08 16:00") == 0.07 + 2 * 0.27 + 1.10
+    assert cost(prices, "deepseek-chat", "2026-11-01 00:00") == 0.07 + 2 * 0.56 + 1.68
+    with pytest.raises(ValueError, match="deepseek-flash has no price for 2026-09-09 23:59; its first is from 2026-09-10"):
+        cost(prices, "deepseek-flash", "2026-09-09 23:59")
+    with pytest.raises(ValueError, match="no model 'deepseek-flush'; did you mean deepseek-flash"):
+        cost(prices, "deepseek-flush", "2026-11-01 00:00")
+    # a day of DeepSeek's service, February 2025, at three of its own prices: published as 562,027 dollars at R1's
+    traffic = {"prompt": 608_000_000_000, "cached": 342_000_000_000, "completion": 168_000_000_000}
+    assert prices.cost("deepseek-reasoner", **traffic, when=moment("2025-02-20 00:00")) == pytest.approx(562_100)
+    assert prices.cost("deepseek-chat", **traffic, when=moment("2025-02-01 00:00")) == pytest.approx(89_068)
+    assert prices.cost("deepseek-chat", **traffic, when=moment("2025-02-20 00:00")) == pytest.approx(280_560)
+    assert prices.cost("o1", prompt=0, cached=0, completion=10**6, when=moment("2025-02-01 00:00")) == 60
+
+
+def test_own_prices(tmp_path):
+    file = tmp_path / "prices.toml"
+    entry = '[[model]]\nname = "mine"\nvalid_from = 2026-01-01\nhit = 1\nmiss = 2\noutput = 4\nsource = "us"\n'
+    file.write_text("[local]\nprice_per_hour = 7.2\n" + entry)
+    used = {"prompt": 1000, "cached": 500, "completion": 250, "device_seconds": 10.0, "when": moment("2026-11-25 00:00")}
+    own = Prices.load(file)
+    assert own.money("mine", **used) == pytest.approx((500 * 1 + 500 * 2 + 250 * 4) / 1e6)
+    assert own.money("deepseek-chat", **used) == pytest.approx(10 / 3600 * 7.2)  # in the table, but not in the user's
+    assert Prices.load(file, price_per_hour=36.0).money("other", **used) == pytest.approx(0.1)
+    assert Prices.load().money("mine", **used) == pytest.approx(10 / 3600 * 0.10)
+    # a user's entry joins those of the table
+    file.write_text(entry.replace('"mine"', '"deepseek-flash"').replace("2026-01-01", "2026-11-20"))
+    both = Prices.load(file)
+    assert cost(both, "deepseek-flash", "2026-11-19 23:59") == 0.003 + 2 * 0.15 + 0.60
+    assert cost(both, "deepseek-flash", "2026-11-20 00:00") == 1 + 2 * 2 + 4
+    window = 'windows = [{ days = "Sat-Mon", times = ["22:00-00:00", "00:00-01:30"], hit = 0, miss = 0, output = 0 }]\n'
+    file.write_text(entry + window)
+    weekend = Prices.load(file)
+    free = ["2026-11-28 22:00", "2026-11-30 23:59", "2026-11-30 01:29"]  # Saturday, Monday, Monday
+    assert [cost(weekend, "mine", t) == 0 for t in [*free, "2026-11-28 21:59", "2026-12-01 00:00", "2026-11-27 23:00"]] == [True] * 3 + [
+        False
+    ] * 3
+    for wrong, message in [
+        (entry + "tax = 1\n", r"prices\.toml:\n  model\.0\.tax"),
+        (entry.replace("miss = 2\n", ""), r"model\.0\.miss: Field required"),
+        (entry.replace("hit = 1", "hit = -1"), r"model\.0\.hit"),
+        (entry + window.replace("Sat-Mon", "Sat-Moon"), "'Sat-Moon' is not a day"),
+        (entry + window.replace("01:30", "25:30"), r"windows\.0\.times.*is not a list of hours"),
+        ("[[model", r"prices\.toml: "),
+    ]:
+        file.write_text(wrong)
+        with pytest.raises(ValueError, match=message):
+            Prices.load(file)
+    with pytest.raises(ValueError, match="price-per-hour: must not be negative"):
+        Prices.load(price_per_hour=-1.0)

@@ -66,6 +66,6 @@ def _url(url_or_path: str | Path) -> sql.URL:
         return sql.URL.create("sqlite", database=str(url_or_path))
     try:
         url = sql.make_url(str(url_or_path))
-    except ArgumentError as error:
-        raise ValueError("ledger: not a database's URL; one looks like postgresql://user@host/database") from error  # may hold a password
+    except (ArgumentError, ValueError):  # not shown: they quote the URL, which may hold a password
+        raise ValueError("ledger: not a database's URL; one looks like postgresql://user@host/database") from None
     return url.set(drivername="postgresql+psycopg") if url.drivername in ("postgresql", "postgres") else url

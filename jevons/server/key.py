@@ -266,7 +266,7 @@ class Keys:
         if expires is not None and expires <= self._wall():
             raise ValueError("expires: lies in the past")
         names = None if models is None else tuple(models)
-        if names is not None and not all(names):
+        if names is not None and not (names and all(names)):
             raise ValueError("models: give one name or more, separated by commas")
         secret, key_id = _secret(), secrets.token_hex(6)
         row = KeyRow(

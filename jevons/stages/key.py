@@ -127,7 +127,7 @@ def render(store: UsageStore, prices: Prices, since: float | None, compare: str)
     title = "keys" if since is None else f"keys since {datetime.fromtimestamp(since, UTC):%Y-%m-%d %H:%M} UTC"
     title += f"; elsewhere: the same tokens at {compare}'s prices"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_footer=True, pad_edge=False, collapse_padding=True)
-    counts = {"requests": "calls", "prompt": "prompt", "cached": "cached", "completion": "output", "reasoning": "reasoning"}
+    counts = {"requests": "calls", "prompt": "prompt", "cached": "cached", "completion": "output", "reasoning": "thought"}
     footers = {head: format_count(sum(getattr(row, field) for row in rows)) for field, head in counts.items()}
     footers |= {"first token": "", "device hours": format_amount(sum(row.device_seconds for row in rows) / 3600)}
     footers |= {"money": format_amount(sum(row.money for row in rows)), "elsewhere": format_amount(sum(elsewhere.values()))}
