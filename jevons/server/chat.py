@@ -1,16 +1,16 @@
 """POST /v1/chat/completions: OpenAI's chat with DeepSeek's thinking, context caching, chat prefix and usage.
 
-Reads a request into a `Conversation` and writes what comes as one object or as chunks. DeepSeek's base URLs have no /v1, so the same endpoint is at
-/chat/completions and, for prefix completion, at /beta/chat/completions.
+Reads a request into a `Conversation` and writes what comes as one object or as chunks. DeepSeek's base URLs have no /v1, so the same
+endpoint is at /chat/completions and, for prefix completion, at /beta/chat/completions.
 
 Not done: media, OpenAI's server-side tools and storage.
 """
 
-from __future__ import annotations
+# no `from __future__ import annotations`: FastAPI could not read annotations that name a function's arguments
 
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response
@@ -24,12 +24,10 @@ from jevons.server.document import WORK, list_of, object_of, responses
 from jevons.server.error import APIError
 from jevons.server.field import Body, Sampling, at_most, usage
 from jevons.server.job import Job
+from jevons.server.service import ModelAlias, Service
 from jevons.server.stream import attended, data, stream
 from jevons.server.ticket import Ticket
 from jevons.server.vocabulary import Vocabulary
-
-if TYPE_CHECKING:
-    from jevons.server.service import ModelAlias, Service
 
 PATHS = ("/v1/chat/completions", "/chat/completions", "/beta/chat/completions", "/beta/v1/chat/completions")
 FINGERPRINT = f"fp_jevons_{__version__}"
@@ -47,6 +45,7 @@ TOOL = object_of(
     type={"const": "function"},
     function=object_of(["name"], name="string", description={}, parameters={}, strict={}),
 )
+CHOICE = object_of(type={"const": "function"}, function=object_of(name="string"))
 
 
 class ChatMessage(Body):
@@ -100,9 +99,7 @@ class ChatBody(Sampling):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0)
     tools: Annotated[Any, shaped(anyOf=[list_of(TOOL), {"type": "null"}])] = None
-    tool_choice: Annotated[
-        Any, shaped(anyOf=[{"enum": ["none", "auto", "required", None]}, object_of(type={"const": "function"}, function={"type": "object"})])
-    ] = None
+    tool_choice: Annotated[Any, shaped(anyOf=[{"enum": ["none", "auto", "required", None]}, CHOICE])] = None
     parallel_tool_calls: bool | None = None
     response_format: Annotated[Any, shaped(anyOf=[object_of(["type"], type="string"), {"type": "null"}])] = Field(
         None, description="text, json_object or json_schema"
@@ -172,11 +169,11 @@ class ChatBody(Sampling):
         return self.top_logprobs or 0
 
 
-def router(service: Service, admit: Callable[..., Awaitable[Ticket]]) -> APIRouter:
+def router(service: Service, admit: Callable[..., Any]) -> APIRouter:
     api = APIRouter(tags=["chat"])
     vocabulary = Vocabulary(service.tokenizer)
 
-    async def chat_completions(request: Request, body: ChatBody, ticket: Ticket = Depends(admit)) -> Response:
+    async def chat_completions(request: Request, body: ChatBody, ticket: Annotated[Ticket, Depends(admit)]) -> Response:
         alias = body.enter(service, ticket)
         top = body.top(service)
         drawing = body.drawing(service) | {"logprobs": top}
@@ -188,18 +185,14 @@ def router(service: Service, admit: Callable[..., Awaitable[Ticket]]) -> APIRout
         )
         stop_ids = service.engine_loop.engine.stop_ids | set(job.params.stop_ids)
         choices = [
-            Choice(
-                j, vocabulary, stop_ids=stop_ids, opened=job.reply.thinking, top=top, sampled=body.logprobs_mode == "sampled"
-            )
+            Choice(j, vocabulary, stop_ids=stop_ids, opened=job.reply.thinking, top=top, sampled=body.logprobs_mode == "sampled")
             for j in range(job.n)
         ]
         head = {"id": f"chatcmpl-{ticket.request_id.removeprefix('req_')}", "object": "chat.completion", "created": int(ticket.started)}
         head |= {"model": body.model, "system_fingerprint": FINGERPRINT}
         if body.stream:
             frames = _frames(service, job, ticket, choices, head | {"object": "chat.completion.chunk"}, body.wants_usage)
-            return await stream(
-                request, frames, failure=lambda error: data(failure(error)), keep_alive=service.limits.keep_alive
-            )
+            return await stream(request, frames, failure=lambda error: data(failure(error)), keep_alive=service.limits.keep_alive)
         return JSONResponse(await attended(request, _whole(service, job, ticket, choices, head)))
 
     reply = object_of(id="string", object="string", created="integer", model="string", choices=list_of("object"), usage="object")

@@ -24,7 +24,8 @@ class Choice:
     def __init__(
         self, index: int, vocabulary: Vocabulary, *, stop_ids: Collection[int], opened: bool, top: int | None, sampled: bool
     ) -> None:
-        self.index, self.opened, self.finish = index, opened, None
+        self.index, self.opened = index, opened
+        self.finish: str | None = None
         self._vocabulary, self._stop_ids, self._top, self._sampled = vocabulary, stop_ids, top, sampled
         self._text: dict[str, list[str]] = {"reasoning": [], "content": []}
         self._calls: list[dict[str, Any]] = []

@@ -1,7 +1,7 @@
 """The OpenAPI document: what FastAPI derives from the request models, corrected to what the server does.
 
-FastAPI writes 422 for bodies that do not validate; here they are 400 like every other malformed request (as with OpenAI). Error bodies and the
-statuses that the gate and the keys can give to any route are added.
+FastAPI writes 422 for bodies that do not validate; here they are 400 like every other malformed request (as with OpenAI). Error bodies
+and the statuses that the gate and the keys can give to any route are added.
 """
 
 from __future__ import annotations

@@ -31,6 +31,7 @@ GAUGES = {
     "vllm:num_requests_waiting": ("waiting", "Requests waiting to be processed"),
 }
 COUNTERS = {
+    "vllm:generation_tokens": ("drawn_tokens", "Tokens generated"),
     "vllm:prefix_cache_queries": ("prefix_queries", "Prompt tokens looked up in the prefix cache"),
     "vllm:prefix_cache_hits": ("prefix_hits", "Prompt tokens found in the prefix cache"),
     "vllm:num_preemptions": ("preemptions", "Requests put back because the cache was full"),
@@ -44,7 +45,7 @@ class Metrics:
         self.model = model
         self.registry = CollectorRegistry()
         self._engine = _EngineCollector(model)
-        self._recent: deque[list[int]] = deque()  # second, prompt tokens read, tokens drawn
+        self._samples: deque[tuple[float, float, float]] = deque(maxlen=WINDOW + 1)  # time, prompt tokens read, tokens drawn so far
         self._day, self.requests_today = "", 0
 
         def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
@@ -58,7 +59,6 @@ class Metrics:
         self._whole = histogram("vllm:e2e_request_latency_seconds", "Time of whole requests", WHOLE_REQUEST)
         self._prompt = counter("vllm:prompt_tokens", "Prompt tokens of finished requests")
         self._cached = counter("vllm:prompt_tokens_cached", "Those of them that were found in the cache")
-        self._generated = counter("vllm:generation_tokens", "Tokens generated")
         self._money = counter("jevons:money", "What finished requests cost, in the price table's currency")
         self._device = counter("jevons:device_seconds", "Device-seconds of finished requests")
         self._success = Counter("vllm:request_success", "Finished requests", ["model_name", "finished_reason"], registry=self.registry)
@@ -75,11 +75,6 @@ class Metrics:
     def first_token(self, seconds: float) -> None:
         self._first.observe(seconds)
 
-    def tokens(self, count: int) -> None:
-        """Tokens drawn, as they come."""
-        self._generated.inc(count)
-        self._now()[2] += count
-
     def finished(self, row: UsageRow) -> None:
         self._prompt.inc(row.prompt)
         self._cached.inc(row.cached)
@@ -87,23 +82,20 @@ class Metrics:
         self._device.inc(row.device_seconds)
         self._whole.observe(row.duration)
         self._success.labels(self.model, row.status).inc()
-        self._now()[1] += row.prompt - row.cached
         if row.ttft is not None and row.completion > 1:
             self._between.observe((row.duration - row.ttft) / (row.completion - 1))
 
+    def sample(self, snapshot: Mapping[str, float]) -> None:
+        """To be called once a second, for `rates`."""
+        self._samples.append((time.monotonic(), snapshot["prompt_tokens"], snapshot["drawn_tokens"]))
+
     def rates(self) -> tuple[float, float]:
         """Prompt tokens computed and tokens drawn a second, over the last seconds."""
-        self._now()
-        return sum(r[1] for r in self._recent) / WINDOW, sum(r[2] for r in self._recent) / WINDOW
-
-    def _now(self) -> list[int]:
-        """This second's counts; those that left the window are dropped."""
-        second = int(time.monotonic())
-        while self._recent and self._recent[0][0] <= second - WINDOW:
-            self._recent.popleft()
-        if not self._recent or self._recent[-1][0] != second:
-            self._recent.append([second, 0, 0])
-        return self._recent[-1]
+        if len(self._samples) < 2:
+            return 0.0, 0.0
+        first, last = self._samples[0], self._samples[-1]
+        seconds = last[0] - first[0]
+        return (last[1] - first[1]) / seconds, (last[2] - first[2]) / seconds
 
     def expose(self, snapshot: Mapping[str, float]) -> bytes:
         """The text that Prometheus scrapes."""

@@ -1,7 +1,7 @@
 """Answers over HTTP while they come: server-sent events with comments that keep the line open, and work that ends when nobody listens.
 
-A failure before the first event becomes an HTTP status, since nothing was sent yet; a failure after it becomes an event, since a status cannot be
-sent any more and a cut connection would look like a network fault.
+A failure before the first event becomes an HTTP status, since nothing was sent yet; a failure after it becomes an event, since a status
+cannot be sent any more and a cut connection would look like a network fault.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What each token id is in bytes and in text: for log-probabilities, which name tokens one by one.
 
-A token may be a part of a character. Its `bytes` are exact; its text is "bytes:\\xe2\\x80" where they are not UTF-8, as OpenAI's completions
-write it, so that two such tokens are not both called U+FFFD.
+A token may be a part of a character. Its `bytes` are exact; its text is "bytes:\\xe2\\x80" where they are not UTF-8, as OpenAI's
+completions write it, so that two such tokens are not both called U+FFFD.
 """
 
 from __future__ import annotations
