@@ -1,0 +1,360 @@
+"""The native kernels: C++ compiled at first use, called through ctypes.
+
+Problem: one decoding step reads every weight once, and torch's products reach half of the memory's speed at one row and
+leave the cores idle between dozens of small operators. Approach: native/*.cpp hold the products with packed weights, paged
+attention and what lies between them, as a few calls a layer; a thread pool of their own, fp32 accumulation, and results of
+a row that do not depend on its batch. They need a C++ compiler and AVX-512 with its bf16 and int8 dot products; where
+either is missing, `available` says no, `reason` says why, and callers use torch. The library is cached under
+$XDG_CACHE_HOME/jevons/native, named by its sources, compiler and processor. Not done: other instruction sets.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+import warnings
+from ctypes import c_float, c_int, c_int32, c_long, c_void_p
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from jevons.kernels.quantize import FORMATS, PackedWeight
+
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-pthread", "-w")
+NEEDED = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "avx512_vnni")
+DTYPE = {torch.float32: 0, torch.bfloat16: 1}
+
+
+class Norm(NamedTuple):
+    """An RMSNorm as the kernels take it."""
+
+    weight: Tensor  # (D,) fp32
+    eps: float
+
+
+def norm(module: nn.Module) -> Norm:
+    """From a model's RMSNorm."""
+    assert isinstance(module.weight, Tensor) and isinstance(module.eps, float)
+    return Norm(module.weight.detach().float().contiguous(), module.eps)
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = (
+        [("data", c_void_p), ("bias", c_void_p)]
+        + [(name, c_int32) for name in ("format", "N", "K", "stack", "swiglu", "reserved")]
+    )  # fmt: skip
+
+
+_PROTOTYPES = {  # p pointer, l long, i int, f float
+    "linear": "ppillpfpilpli",
+    "mlp": "pppillpfppi",
+    "moe": "pppillppippi",
+    "rms_norm": "pillipfpi",
+    "gqa_project": "ppillpfpiippfpppppi",
+    "mla_project": "pppillpfppfppiiiiippppi",
+    "paged_gqa": "plppiliiiiplpifpi",
+    "paged_mla": "plpiliiiplpippfpi",
+}
+
+
+def available() -> bool:
+    """Whether the kernels can be used here; compiles them at the first question."""
+    return _load()[0] is not None
+
+
+def reason() -> str:
+    """Why they cannot, or an empty string."""
+    return _load()[1]
+
+
+@functools.cache
+def _load() -> tuple[Any, str]:
+    try:
+        cpu = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0]
+    except OSError:
+        return None, "native kernels need Linux on x86-64"
+    flags = next((line.split(":", 1)[1].split() for line in cpu.splitlines() if line.startswith("flags")), [])
+    if missing := [flag for flag in NEEDED if flag not in flags]:
+        return None, f"native kernels need a processor with {', '.join(missing)}"
+    compiler = next((path for name in (os.environ.get("CXX"), "c++", "g++", "clang++") if name and (path := shutil.which(name))), None)
+    if compiler is None:
+        return None, "native kernels need a C++ compiler: c++, g++ or clang++ on the PATH, or $CXX"
+    try:
+        library = ctypes.CDLL(str(_build(compiler, flags)))
+    except (OSError, subprocess.SubprocessError) as error:
+        output = error.stderr if isinstance(error, subprocess.CalledProcessError) else str(error)
+        message = f"native kernels could not be compiled with {compiler}; slower torch products are used. {output.strip()[-2000:]}"
+        warnings.warn(message, stacklevel=2)
+        return None, message
+    kinds = {"p": c_void_p, "l": c_long, "i": c_int, "f": c_float}
+    for name, prototype in _PROTOTYPES.items():
+        function = getattr(library, f"jevons_{name}")
+        function.argtypes, function.restype = [kinds[kind] for kind in prototype], None
+    return library, ""
+
+
+def _build(compiler: str, cpu_flags: list[str]) -> Path:
+    """The compiled library, from the cache or made now. Safe when several processes do it at once."""
+    folder = Path(__file__).parent / "native"
+    sources = sorted(folder.glob("*.cpp"))
+    version = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True, timeout=60).stdout
+    parts = [version, *FLAGS, *sorted(cpu_flags), *(path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.?pp")))]
+    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jevons" / "native"
+    target = cache / f"{key}.so"
+    if not target.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as scratch:
+            built = Path(scratch) / "jevons.so"
+            command = [compiler, *FLAGS, *map(str, sources), "-o", str(built)]
+            subprocess.run(command, check=True, capture_output=True, text=True, timeout=600)
+            os.replace(built, target)
+    return target
+
+
+def _matrix(weight: PackedWeight) -> Any:
+    """The C struct of a packed weight, made once; it points into the tensors, which the weight keeps alive."""
+    if weight.handle is None:
+        assert weight.data.is_contiguous() and (weight.bias is None or weight.bias.is_contiguous())
+        bias = None if weight.bias is None else weight.bias.data_ptr()
+        fields = (FORMATS[weight.format], weight.N, weight.K, max(weight.stack, 1), weight.swiglu, 0)
+        weight.handle = ctypes.pointer(_Matrix(weight.data.data_ptr(), bias, *fields))
+    return weight.handle
+
+
+def _pointer(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+def _rows(x_TD: Tensor, width: int) -> tuple[int, int, int, int]:
+    """Pointer, dtype, rows and stride, as most kernels take them."""
+    assert x_TD.dim() == 2 and x_TD.shape[1] == width and x_TD.stride(1) == 1, (x_TD.shape, x_TD.stride(), width)
+    return x_TD.data_ptr(), DTYPE[x_TD.dtype], x_TD.shape[0], x_TD.stride(0)
+
+
+def _norm(norm: Norm | None, width: int) -> tuple[int | None, float]:
+    if norm is None:
+        return None, 0.0
+    assert norm.weight.dtype == torch.float32 and norm.weight.shape == (width,) and norm.weight.is_contiguous()
+    return norm.weight.data_ptr(), norm.eps
+
+
+def _out(x: Tensor, shape: tuple[int, ...], out: Tensor | None, residual: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    assert residual is None or (residual.shape == shape and residual.is_contiguous() and residual.dtype == x.dtype)
+    if out is None:
+        return torch.empty(shape, dtype=dtype or x.dtype)
+    assert out.shape == shape and out.is_contiguous() and out.dtype == (dtype or x.dtype)
+    return out
+
+
+def linear(
+    x_TD: Tensor,
+    weight: PackedWeight,
+    *,
+    norm: Norm | None = None,
+    residual: Tensor | None = None,
+    out: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    threads: int = 0,
+) -> Tensor:
+    """norm(x) W^T + bias + residual, (T, N); silu(gate) * up where the weight holds both. `residual` may be `out`."""
+    assert weight.stack == 0
+    y = _out(x_TD, (len(x_TD), weight.N), out, residual, dtype)
+    _load()[0].jevons_linear(
+        _matrix(weight), *_rows(x_TD, weight.K), *_norm(norm, weight.K), y.data_ptr(), DTYPE[y.dtype], weight.N,
+        _pointer(residual), weight.N, threads or torch.get_num_threads(),
+    )  # fmt: skip
+    return y
+
+
+def mlp(
+    x_TD: Tensor,
+    gate_up: PackedWeight,
+    down: PackedWeight,
+    *,
+    norm: Norm | None = None,
+    residual: Tensor | None = None,
+    out: Tensor | None = None,
+    threads: int = 0,
+) -> Tensor:
+    """down(silu(gate) * up) of norm(x), plus the residual. `out` may be `x_TD` or the residual."""
+    assert gate_up.swiglu and gate_up.N == down.K and not gate_up.stack and not down.stack
+    y = _out(x_TD, (len(x_TD), down.N), out, residual)
+    _load()[0].jevons_mlp(
+        _matrix(gate_up), _matrix(down), *_rows(x_TD, gate_up.K), *_norm(norm, gate_up.K), y.data_ptr(), _pointer(residual),
+        threads or torch.get_num_threads(),
+    )  # fmt: skip
+    return y
+
+
+def moe(
+    x_TD: Tensor,
+    experts_TK: Tensor,
+    weights_TK: Tensor,
+    gate_up: PackedWeight,
+    down: PackedWeight,
+    *,
+    residual: Tensor | None = None,
+    out: Tensor | None = None,
+    threads: int = 0,
+) -> Tensor:
+    """Each token through its K experts, weighted and summed, plus the residual. Reads the chosen experts' weights only."""
+    assert gate_up.swiglu and gate_up.N == down.K and gate_up.stack == down.stack > 0
+    assert experts_TK.dtype == torch.int64 and weights_TK.dtype == torch.float32 and experts_TK.shape == weights_TK.shape
+    assert len(experts_TK) == len(x_TD) and experts_TK.is_contiguous() and weights_TK.is_contiguous()
+    y = _out(x_TD, (len(x_TD), down.N), out, residual)
+    _load()[0].jevons_moe(
+        _matrix(gate_up), _matrix(down), *_rows(x_TD, gate_up.K), experts_TK.data_ptr(), weights_TK.data_ptr(), experts_TK.shape[1],
+        y.data_ptr(), _pointer(residual), threads or torch.get_num_threads(),
+    )  # fmt: skip
+    return y
+
+
+def rms_norm(x_TD: Tensor, norm: Norm, *, threads: int = 0) -> Tensor:
+    """As model/layer.py's, in one pass."""
+    width = x_TD.shape[1]
+    y = torch.empty(x_TD.shape, dtype=x_TD.dtype)
+    pointer, dtype, rows, stride = _rows(x_TD, width)
+    _load()[0].jevons_rms_norm(pointer, dtype, rows, stride, width, *_norm(norm, width), y.data_ptr(), threads or torch.get_num_threads())
+    return y
+
+
+def _turns(cos_TR: Tensor, sin_TR: Tensor, rows: int, width: int) -> tuple[int, int]:
+    for x in (cos_TR, sin_TR):
+        assert x.dtype == torch.float32 and x.shape == (rows, width // 2) and x.is_contiguous(), (x.dtype, x.shape)
+    return cos_TR.data_ptr(), sin_TR.data_ptr()
+
+
+def _memory(cache: Tensor, width: int, dtype: torch.dtype) -> int:
+    assert cache.is_contiguous() and cache.dtype == dtype and cache[0].numel() == width, (cache.shape, cache.dtype, width)
+    return cache.data_ptr()
+
+
+def _slots(slots_T: Tensor, rows: int) -> int:
+    assert slots_T.dtype == torch.int64 and slots_T.shape == (rows,) and slots_T.is_contiguous()
+    return slots_T.data_ptr()
+
+
+def gqa_project(
+    x_TD: Tensor,
+    w_qkv: PackedWeight,
+    *,
+    norm: Norm,
+    heads: int,
+    kv_heads: int,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor,
+    q_norm: Norm | None = None,
+    k_norm: Norm | None = None,
+    threads: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys, values (T, N | M | M, H) of norm(x), normed per head and rotated; keys and values are in the cache at `slots` too.
+
+    cos and sin are (T, H/2) in fp32. The three are views of one tensor.
+    """
+    T, width = len(x_TD), w_qkv.N // (heads + 2 * kv_heads)
+    assert width * (heads + 2 * kv_heads) == w_qkv.N and (q_norm is None) == (k_norm is None)
+    assert q_norm is None or k_norm is None or q_norm.eps == k_norm.eps
+    qkv = torch.empty(T, heads + 2 * kv_heads, width, dtype=x_TD.dtype)
+    q_weight, eps = _norm(q_norm, width)
+    _load()[0].jevons_gqa_project(
+        _matrix(w_qkv), *_rows(x_TD, w_qkv.K), *_norm(norm, w_qkv.K), qkv.data_ptr(), heads, kv_heads, q_weight,
+        _norm(k_norm, width)[0], eps, *_turns(cos, sin, T, width), _memory(keys, kv_heads * width, x_TD.dtype), _memory(values, kv_heads * width, x_TD.dtype),
+        _slots(slots, T), threads or torch.get_num_threads(),
+    )  # fmt: skip
+    q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=1)
+    return q, k, v
+
+
+def mla_project(
+    x_TD: Tensor,
+    w_a: PackedWeight,
+    w_q_b: PackedWeight | None,
+    *,
+    norm: Norm,
+    q_norm: Norm | None,
+    kv_norm: Norm,
+    heads: int,
+    nope: int,
+    rope: int,
+    latent: int,
+    interleave: bool,
+    cos: Tensor,
+    sin: Tensor,
+    memory: Tensor,
+    slots: Tensor,
+    threads: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Queries (T, N, nope + R) and cache rows [latent | rope key] (T, C + R) of norm(x); the rows are in the cache at `slots` too.
+
+    `w_a` holds q_a and kv_a one below the other, or q itself and kv_a with no `w_q_b`. cos and sin are (T, R/2) in fp32.
+    """
+    T, first = len(x_TD), w_a.N - latent - rope
+    assert (w_q_b is None) == (q_norm is None) and (w_q_b.N if w_q_b else first) == heads * (nope + rope)
+    assert (w_q_b is None or first == w_q_b.K) and (q_norm is None or q_norm.eps == kv_norm.eps)
+    q = torch.empty(T, heads, nope + rope, dtype=x_TD.dtype)
+    row = torch.empty(T, latent + rope, dtype=x_TD.dtype)
+    _load()[0].jevons_mla_project(
+        _matrix(w_a), None if w_q_b is None else _matrix(w_q_b), *_rows(x_TD, w_a.K), *_norm(norm, w_a.K), _norm(q_norm, first)[0],
+        *_norm(kv_norm, latent), q.data_ptr(), row.data_ptr(), heads, nope, rope, latent, interleave, *_turns(cos, sin, T, rope),
+        _memory(memory, latent + rope, x_TD.dtype), _slots(slots, T), threads or torch.get_num_threads(),
+    )  # fmt: skip
+    return q, row
+
+
+def _context(q: Tensor, tables: Tensor, lengths: Tensor, block_size: int) -> tuple[int, int, int, int]:
+    assert tables.dtype == lengths.dtype == torch.int32 and tables.stride(1) == 1 and lengths.is_contiguous()
+    assert len(tables) == len(lengths) == len(q) and q.stride()[1:] == (q.shape[2], 1)
+    return tables.data_ptr(), tables.stride(0), lengths.data_ptr(), block_size
+
+
+def paged_gqa(
+    q_SNH: Tensor, keys: Tensor, values: Tensor, tables: Tensor, lengths: Tensor, block_size: int, scale: float, *, threads: int = 0
+) -> Tensor:
+    """One query row of each sequence over its cached tokens (lengths >= 1, the new token among them) -> (S, N, V).
+
+    keys and values are (slots, M, H | V); tables (S, B) and lengths (S,) int32. q may be a view with a stride between sequences.
+    """
+    S, N, width = q_SNH.shape
+    M, V = keys.shape[1], values.shape[2]
+    out = torch.empty(S, N, V, dtype=q_SNH.dtype)
+    _load()[0].jevons_paged_gqa(
+        q_SNH.data_ptr(), q_SNH.stride(0), _memory(keys, M * width, q_SNH.dtype), _memory(values, M * V, q_SNH.dtype), DTYPE[q_SNH.dtype],
+        S, N, M, width, V, *_context(q_SNH, tables, lengths, block_size), scale, out.data_ptr(), threads or torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def paged_mla(
+    q_SNX: Tensor,
+    memory: Tensor,
+    tables: Tensor,
+    lengths: Tensor,
+    block_size: int,
+    w_key: PackedWeight,
+    w_value: PackedWeight,
+    scale: float,
+    *,
+    threads: int = 0,
+) -> Tensor:
+    """MLA's decode in latent space: queries (S, N, nope + R) over cache rows (slots, C + R) -> (S, N, V). Weights by `pack_kv_b`."""
+    S, N, width = q_SNX.shape
+    nope, latent = w_key.K, w_key.N
+    assert w_key.stack == w_value.stack == N and latent == w_value.K
+    out = torch.empty(S, N, w_value.N, dtype=q_SNX.dtype)
+    _load()[0].jevons_paged_mla(
+        q_SNX.data_ptr(), q_SNX.stride(0), _memory(memory, latent + width - nope, q_SNX.dtype), DTYPE[q_SNX.dtype], S, N,
+        nope, width - nope, *_context(q_SNX, tables, lengths, block_size), _matrix(w_key), _matrix(w_value), scale, out.data_ptr(),
+        threads or torch.get_num_threads(),
+    )  # fmt: skip
+    return out
