@@ -27,6 +27,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jevons import __version__
 from jevons.server import anthropic, catalog, chat, completion, response
+from jevons.server import page as page_module
 from jevons.server.document import describe
 from jevons.server.error import APIError
 from jevons.server.key import Account, Balance, Keys
@@ -42,7 +43,7 @@ TYPE_NAMES = {"str", "int", "float", "bool", "dict", "list", "none"}  # pydantic
 
 
 def build(service: Service, keys: Keys | None, *, page: bool = True, cors: Sequence[str] = (), drain: float = 30.0) -> FastAPI:
-    """The application. `keys` None: nobody needs one. `cors`: origins whose pages may call. `drain`: seconds that the end waits for requests."""
+    """The application. Without `keys` nobody needs one. Pages of the origins in `cors` may call. The end waits `drain` seconds for replies."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -87,6 +88,8 @@ def build(service: Service, keys: Keys | None, *, page: bool = True, cors: Seque
     app.include_router(response.router(service, admit))
     app.include_router(anthropic.router(service, admit))
     app.include_router(catalog.router(service, admit, who, balance))
+    if page:
+        app.include_router(page_module.router())
     keyed = keys is not None and keys.any()
     app.openapi = lambda: describe(app, keyed=keyed)  # type: ignore[method-assign]
     return app
@@ -105,16 +108,9 @@ def _secret(request: Request) -> str | None:
 
 # --- errors
 
-# Anthropic's names where they differ from OpenAI's
-ANTHROPIC = {402: "billing_error", 500: "api_error", 503: "overloaded_error"}
-
-
 def error_response(path: str, request_id: str, error: APIError, headers: dict[str, str] | None = None) -> JSONResponse:
     """An error in the form that the endpoint's clients read."""
-    body = error.body()
-    if path.startswith("/anthropic"):
-        kind = ANTHROPIC.get(error.status, body["error"]["type"])
-        body = {"type": "error", "error": {"type": kind, "message": error.message}, "request_id": request_id}
+    body = anthropic.error_body(error, request_id) if path.startswith("/anthropic") else error.body()
     return JSONResponse(body, status_code=error.status, headers=error.headers() | (headers or {}))
 
 

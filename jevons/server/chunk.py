@@ -84,7 +84,7 @@ class Choice:
             self._logs["reasoning_content" if token.kind == "reasoning" else "content"].append(entry)
 
     def _entry(self, id: int, logp: float) -> dict[str, Any]:
-        return {"token": self._vocabulary.text(id), "logprob": logp, "bytes": list(self._vocabulary.bytes(id))}
+        return {"token": self._vocabulary.text(id), "logprob": logp, "bytes": list(self._vocabulary.data(id))}
 
     def _take_logs(self, *kinds: str) -> dict[str, Any] | None:
         """What is known of these kinds and was not given out; None where there is nothing, or nothing was asked for."""

@@ -181,7 +181,7 @@ class Choice:
         name = self.vocabulary.text(id)
         logs["tokens"].append(name)
         logs["text_offset"].append(self._characters)
-        self._characters += len(self._decoder.decode(self.vocabulary.bytes(id)))
+        self._characters += len(self._decoder.decode(self.vocabulary.data(id)))
         if logp is None:
             logs["token_logprobs"].append(None)
             logs["top_logprobs"].append(None)

@@ -1,6 +1,6 @@
 """What each token id is in bytes and in text: for log-probabilities, which name tokens one by one.
 
-A token may be a part of a character. Its `bytes` are exact; its text is "bytes:\\xe2\\x80" where they are not UTF-8, as OpenAI's
+A token may be a part of a character. Its `data` is exact; its text is "bytes:\\xe2\\x80" where they are not UTF-8, as OpenAI's
 completions write it, so that two such tokens are not both called U+FFFD.
 """
 
@@ -25,7 +25,7 @@ class Vocabulary:
         if '"ByteLevel"' in json.dumps(json.loads(tokenizer.raw.to_str())["decoder"]):
             self._alphabet = _alphabet()
 
-    def bytes(self, id: int) -> bytes:
+    def data(self, id: int) -> bytes:
         """What the token stands for; of ids that the tokenizer does not know (padding of the vocabulary), nothing."""
         found = self._bytes.get(id)
         if found is None:
@@ -33,7 +33,7 @@ class Vocabulary:
         return found
 
     def text(self, id: int) -> str:
-        data = self.bytes(id)
+        data = self.data(id)
         try:
             return data.decode()
         except UnicodeDecodeError:
