@@ -134,20 +134,26 @@ class Meter:
             try:
                 outcomes = self._commit([row for row, _ in batch])
             except (DBAPIError, PoolTimeout) as error:
-                text = str(getattr(error, "orig", error))
+                text = " ".join(str(getattr(error, "orig", error)).split())
                 (LOG.error if self.error is None else LOG.debug)("usage cannot be recorded, %d rows wait: %s", self.pending, text)
                 self.error = text
-                with self._changed:
-                    left = None if self._deadline is None else self._deadline - time.monotonic()
-                    if left is not None and left <= 0:
-                        return
-                    self._changed.wait(pause if left is None else min(pause, left))
+                if not self._pause(pause):
+                    return
                 pause = min(2 * pause, LONGEST_PAUSE)
                 continue
             if self.error is not None:
                 LOG.warning("usage is recorded again")
             self.error, pause = None, FIRST_PAUSE
             self._finish(batch, outcomes)
+
+    def _pause(self, seconds: float) -> bool:
+        """Wait before the next attempt. Closing cuts it short, a new row does not. False once closing has had its time."""
+        with self._changed:
+            closing = self._deadline is not None
+            left = seconds if self._deadline is None else min(seconds, self._deadline - time.monotonic())
+            if left > 0:
+                self._changed.wait_for(lambda: closing != (self._deadline is not None), left)
+            return left > 0
 
     def _finish(self, batch: Sequence[tuple[UsageRow, Future[None]]], outcomes: Sequence[Exception | None]) -> None:
         with self._changed:
