@@ -35,7 +35,8 @@ class NGram:
         for n in range(min(LONGEST, len(tokens) - 1), SHORTEST - 1, -1):
             at = index.get(tuple(tokens[-n:]))
             if at is not None:
-                return tokens[at : at + count]
+                period = tokens[at:]
+                return [period[i % len(period)] for i in range(count)]  # past the end it repeats itself, as loops do
         return []
 
     def forget(self, id: int) -> None:

@@ -14,7 +14,6 @@ from collections.abc import Sequence as Many
 from typing import Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from jevons.engine.cache import Paged
@@ -24,7 +23,6 @@ from jevons.engine.pool import Pool, bytes_per_token
 from jevons.engine.sampling import alternatives, sample
 from jevons.engine.scheduler import Scheduler
 from jevons.engine.sequence import Alternatives, Grammar, Sample, SamplingParams, Sequence, StopReason
-from jevons.model.attend import Packed
 from jevons.model.folder import locate
 from jevons.model.transformer import Transformer
 
@@ -169,6 +167,8 @@ class Engine:
         for (sequence, count), end in zip(batch, ends):
             if sequence.params.prompt_logprobs is not None:
                 self._score_prompt(sequence, hidden_TD[end - count : end])
+            if sequence.params.embed:
+                sequence.pool(hidden_TD[end - count : end])
         events = self._draw(batch, ends, hidden_TD)
         share = (time.perf_counter() - start) / len(tokens)
         for sequence, rows in zip(sequences, new):
@@ -293,21 +293,6 @@ class Engine:
             normaliser_L = logits_LW.logsumexp(-1)
             chosen_L = logits_LW.gather(1, torch.tensor(targets, device=logits_LW.device)[:, None])[:, 0] - normaliser_L
             done += zip(chosen_L.tolist(), alternatives(logits_LW, normaliser_L, [wanted] * len(targets)))
-
-    @torch.inference_mode()
-    def embed(self, prompts: Many[Many[int]]) -> Tensor:
-        """Mean of each prompt's hidden states, scaled to length 1: (len(prompts), D) in fp32, on the CPU."""
-        rows = []
-        for prompt in prompts:
-            if not 0 < len(prompt) <= self.model.config.max_position_embeddings:
-                raise ValueError(f"input: {len(prompt)} tokens; must be between 1 and {self.model.config.max_position_embeddings}")
-            tokens_T = torch.tensor(list(prompt), device=self.pool.device)
-            if not 0 <= int(tokens_T.min()) <= int(tokens_T.max()) < self.model.config.vocab_size:
-                raise ValueError(f"input: a token id is outside the vocabulary of {self.model.config.vocab_size}")
-            attend = Packed(torch.tensor([0, len(prompt)]), self.pool.device)
-            hidden_TD = self.model(tokens_T, torch.arange(len(prompt), device=self.pool.device), attend).hidden_TD
-            rows.append(F.normalize(hidden_TD.float().mean(0), dim=0).cpu())
-        return torch.stack(rows)
 
     def abort(self, id: int) -> Sample:
         """Drop a request at any moment; what it has so far. ValueError for an id that is unknown or already finished."""

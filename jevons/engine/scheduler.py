@@ -47,14 +47,14 @@ class Scheduler:
 
         A sequence whose pending tokens all fit brings its draft along where blocks are free, and else loses it.
         """
-        budget = self.max_batch_tokens
+        budget, full = self.max_batch_tokens, False
         batch: list[tuple[Sequence, int]] = []
         for sequence in list(self.running):
             if sequence.state != "running" or budget == 0:  # given up for one before it, and so are all that follow
                 break
             count = min(sequence.pending, budget)
-            if not self._reserve(sequence, count):
-                return batch  # no blocks for it, none for newcomers
+            if full := not self._reserve(sequence, count):
+                break  # no blocks for it, none for newcomers
             batch.append((sequence, count))
             budget -= count
         for sequence, _ in batch:
@@ -65,7 +65,7 @@ class Scheduler:
             self._reserve(sequence, 1 + len(sequence.draft))
             budget -= len(sequence.draft)
         # whoever was given up just now stands first and does not fit: nobody slips past it
-        while self.waiting and budget and len(self.running) < self.max_sequences:
+        while self.waiting and budget and not full and len(self.running) < self.max_sequences:
             sequence = self.waiting[0]
             self._begin(sequence)
             if self.pool.blocks_for(len(sequence.tokens)) - len(sequence.blocks) > self.pool.free:

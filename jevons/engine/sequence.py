@@ -68,7 +68,8 @@ class SamplingParams:
     `presence_penalty` and `frequency_penalty` are subtracted once, and once an occurrence, for tokens of the answer
     (OpenAI). The same `seed` gives the same text whatever else is in the batch; None draws a fresh one. `logprobs` asks for
     that many best alternatives of each token, `prompt_logprobs` for each prompt token's log-probability and that many best
-    alternatives, `record_routes` for the experts chosen. Requests of higher `priority` are served first.
+    alternatives, `record_routes` for the experts chosen, `embed` for the mean of the prompt's hidden states. Requests of
+    higher `priority` are served first.
     """
 
     max_tokens: int = 256
@@ -82,6 +83,7 @@ class SamplingParams:
     logprobs: int = 0
     prompt_logprobs: int | None = None
     record_routes: bool = False
+    embed: bool = False
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
@@ -134,6 +136,7 @@ class Sample:
     cached      prompt tokens that were found in the prefix cache when the request was first admitted
     seconds     device-seconds: each step's time, shared by the tokens that it computed
     prompt_logprobs   of prompt token i + 1: its log-probability in the model's own distribution, and the best alternatives
+    embedding   (D,) in fp32: the mean of the prompt's hidden states
     """
 
     tokens: list[int]
@@ -146,6 +149,7 @@ class Sample:
     cached: int = 0
     seconds: float = 0.0
     prompt_logprobs: list[tuple[float, Alternatives]] | None = None
+    embedding: Tensor | None = None
 
 
 class Sequence:
@@ -171,6 +175,8 @@ class Sequence:
         self.raw_logps: list[float] = []
         self.logprobs: list[Alternatives] = []
         self.prompt_logprobs: list[tuple[float, Alternatives]] = []
+        self.hidden_D: Tensor | None = None  # the sum over prompt tokens so far, `pooled` of them
+        self.pooled = 0
         self.routes: list[Tensor] = []  # pieces of (tokens, L, K), one a step
         self.routed = 0  # tokens in those pieces
         self.generator = torch.Generator()
@@ -188,7 +194,7 @@ class Sequence:
     @property
     def shares_prefix(self) -> bool:
         """Whether cached blocks may stand for its prompt: not where something is wanted of every prompt token."""
-        return not self.params.record_routes and self.params.prompt_logprobs is None
+        return not self.params.record_routes and not self.params.embed and self.params.prompt_logprobs is None
 
     def uniform(self, ahead: int) -> float:
         """The number that decides the token `ahead` places from the next one; `append` uses one up."""
@@ -218,10 +224,17 @@ class Sequence:
             self.routes.append(routes_TLK[seen:].clone())  # not a view: it would keep the whole batch's alive
             self.routed = self.computed + len(routes_TLK)
 
+    def pool(self, hidden_LD: Tensor) -> None:
+        """Add the hidden states of the tokens just computed, those of the prompt that were not counted before."""
+        rows_LD = hidden_LD[max(0, self.pooled - self.computed) : max(0, self.prompt_length - self.computed)].float()
+        self.hidden_D = rows_LD.sum(0) if self.hidden_D is None else self.hidden_D + rows_LD.sum(0)
+        self.pooled += len(rows_LD)
+
     def sample(self, reason: StopReason, version: int) -> Sample:
         """The answer as it stands. `version` counts where nothing was drawn yet."""
         with torch.inference_mode(False):  # the trainer's autograd refuses tensors made in inference mode
             routes = torch.cat(self.routes) if self.routes else None
+            embedding = None if self.hidden_D is None else (self.hidden_D / self.pooled).cpu()
         return Sample(
             tokens=self.tokens[self.prompt_length :],
             logps=self.logps,
@@ -232,5 +245,6 @@ class Sequence:
             routes=routes,
             cached=self.cached or 0,
             seconds=self.seconds,
+            embedding=embedding,
             prompt_logprobs=self.prompt_logprobs if self.params.prompt_logprobs is not None else None,
         )

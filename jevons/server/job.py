@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from torch import Tensor
+
 from jevons.engine.sequence import Alternatives, SamplingParams
 
 ToolFormat = Literal["hermes", "qwen3_coder", "deepseek_v3", "deepseek_v31"]  # Qwen2.5 and Qwen3 write Hermes's
@@ -91,3 +93,4 @@ class Update:
     stop: str | None = None
     usage: Usage | None = None  # with `finish`
     prompt_logprobs: list[tuple[float, Alternatives]] | None = None  # with `finish`; entry i is prompt token i + 1's
+    embedding: Tensor | None = None  # with `finish`, where SamplingParams.embed asked for it

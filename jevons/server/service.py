@@ -12,17 +12,19 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
+
+import torch.nn.functional as F
 
 from jevons.cost.usage import UsageRow
 from jevons.data.tokenizer import Tokenizer
 from jevons.engine.engine import Event
-from jevons.engine.sequence import Grammar, Sample
+from jevons.engine.sequence import Grammar, Sample, SamplingParams
 from jevons.server.error import APIError
 from jevons.server.grammar import GrammarFactory
-from jevons.server.job import FinishReason, Job, Piece, Token, Update, Usage
+from jevons.server.job import FinishReason, Job, Piece, Reply, Token, Update, Usage
 from jevons.server.limit import Limits
 from jevons.server.loop import EngineLoop, Failure, Mailbox
 from jevons.server.meter import Meter
@@ -66,7 +68,7 @@ class Service:
     ) -> None:
         self.engine_loop, self.tokenizer, self.meter, self.model_id, self.limits = engine_loop, tokenizer, meter, model_id, limits
         self.aliases = {alias.name: alias for alias in aliases}
-        self.metrics = Metrics()
+        self.metrics = Metrics(model_id)
         self.created, self.clock = int(time.time()), time.perf_counter()
         self.draining = False
         self.grammars = GrammarFactory(
@@ -79,7 +81,7 @@ class Service:
     def uptime(self) -> float:
         return time.perf_counter() - self.clock
 
-    async def answer(self, jobs: Sequence[Job], ticket: Ticket) -> AsyncIterator[Update]:
+    async def answer(self, jobs: Sequence[Job], ticket: Ticket) -> AsyncGenerator[Update, None]:
         """Updates of all choices of all jobs as they come. Raises APIError before the first update, or in its place later."""
         choices = [_Choice(self, job, j) for job in jobs for j in range(job.n)]
         self._admit(len(choices))
@@ -158,6 +160,9 @@ class Service:
         for job in jobs:
             mine = choices[at : at + job.n]
             at += job.n
+            if job.params.embed:  # the one token that the engine draws is nobody's
+                total += Usage(len(job.prompt))
+                continue
             total += Usage(len(job.prompt), mine[0].cached, sum(c.completion for c in mine), sum(c.parser.reasoning_tokens for c in mine))
         row = UsageRow(
             key_id=ticket.account.key_id,
@@ -180,31 +185,15 @@ class Service:
         await self.meter.record(row)
 
     async def embed(self, prompts: Sequence[Sequence[int]], ticket: Ticket) -> list[list[float]]:
-        """Mean-pooled, L2-normalised hidden states of each prompt."""
-        self._admit(len(prompts))
-        self.metrics.started(ticket)
-        start = time.perf_counter()
-        vectors: list[list[float]] = []
-        for prompt in prompts:  # one call each: other requests' steps come in between
-            try:
-                vectors.append(await self.engine_loop.call(lambda engine, p=prompt: engine.embed([p])[0].tolist()))
-            except ValueError as error:
-                raise APIError(400, str(error), param="input") from error
-        duration = time.perf_counter() - start
-        row = UsageRow(
-            key_id=ticket.account.key_id,
-            key_name=ticket.account.name,
-            model=self.model_id,
-            endpoint=ticket.endpoint,
-            request_id=ticket.request_id,
-            prompt=sum(map(len, prompts)),
-            duration=duration,
-            device_seconds=duration,
-            started=ticket.started,
-        )
-        ticket.row = self.meter.priced(row)
-        self.metrics.finished(ticket.row)
-        await self.meter.record(ticket.row)
+        """Mean-pooled hidden states of each prompt, scaled to length 1. They go through the engine's queue like any request."""
+        jobs = [
+            Job(prompt=tuple(p), params=SamplingParams(max_tokens=1, embed=True), reply=Reply(plain=True), tenant=ticket.tenant)
+            for p in prompts
+        ]
+        vectors: list[list[float]] = [[] for _ in prompts]
+        async for update in self.answer(jobs, ticket):
+            if update.embedding is not None:
+                vectors[update.choice] = F.normalize(update.embedding, dim=0).tolist()
         return vectors
 
     async def drain(self, timeout: float) -> None:
@@ -280,8 +269,8 @@ class _Choice:
         if self.finish is None:
             return Update(number, pieces, tokens)
         usage = Usage(len(self.job.prompt), self.cached, self.completion, self.parser.reasoning_tokens)
-        prompt_logprobs = self.sample.prompt_logprobs if self.sample else None
-        return Update(number, pieces, tokens, self.finish, self.stop, usage, prompt_logprobs)
+        prompt_logprobs, embedding = (self.sample.prompt_logprobs, self.sample.embedding) if self.sample else (None, None)
+        return Update(number, pieces, tokens, self.finish, self.stop, usage, prompt_logprobs, embedding)
 
 
 def _refusal(error: Exception) -> APIError:
