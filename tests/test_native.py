@@ -12,7 +12,7 @@ from jevons.kernels.experts import experts_ref
 from jevons.kernels.quantize import FORMATS, pack, pack_kv_b, pack_swiglu
 from jevons.model.rope import rotate
 
-needs_kernels = pytest.mark.skipif(not native.available(), reason=native.reason() or "available")
+pytestmark = pytest.mark.skipif(not native.available(), reason=native.reason() or "available")
 # relative error of a product: rounding of sums; of inputs to bf16; of inputs to 8 bits in a group of 128 or 32
 CLOSE = {"fp32": 1e-6, "bf16": 4e-3, "int8": 1.2e-2, "int4": 1e-2}
 ROUNDING = {"fp32": 1e-6, "bf16": 2e-3, "int8": 1e-2, "int4": 0.12}
@@ -56,7 +56,6 @@ def test_pack_names_what_is_wrong():
         pack(torch.full((4, 4), torch.inf), "int8")
 
 
-@needs_kernels
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("T", [1, 2, 3, 5, 8, 13, 14, 15, 29, 32, 70, 300])
 def test_product_with_packed_is_product_with_unpacked(format, T):
@@ -74,7 +73,6 @@ def test_product_with_packed_is_product_with_unpacked(format, T):
         assert error(logits, F.linear(x.double(), packed.unpack().double(), bias.double())) <= CLOSE[format]
 
 
-@needs_kernels
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("T", [1, 5, 37])
 def test_mlp(format, T):
@@ -91,7 +89,6 @@ def test_mlp(format, T):
         assert torch.equal(got[-1:], native.mlp(x[-1:], gate_up, down, norm=native.Norm(weight, 1e-6), residual=x[-1:]))
 
 
-@needs_kernels
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("T", [1, 3, 40])
 def test_moe(format, T):
@@ -107,7 +104,6 @@ def test_moe(format, T):
     assert torch.equal(got, native.moe(x, experts, weights, gate_up, down, residual=residual, threads=1))
 
 
-@needs_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("width", [8, 64, 130])
 def test_rms_norm(dtype, width):
@@ -129,7 +125,6 @@ def context(lengths, block):
     return tables, torch.tensor(lengths, dtype=torch.int32), slots, (sum(counts) + 3) * block
 
 
-@needs_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("N", "M", "H"), [(14, 2, 64), (4, 4, 16), (12, 1, 20), (2, 1, 128)])
 def test_paged_gqa_is_row_attention(dtype, N, M, H):
@@ -149,7 +144,6 @@ def test_paged_gqa_is_row_attention(dtype, N, M, H):
         assert torch.equal(alone[0], got[i])
 
 
-@needs_kernels
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize(("N", "nope", "rope", "V", "C"), [(3, 16, 8, 24, 40), (12, 64, 64, 64, 512)])
 def test_paged_mla_is_absorbed_attention(format, N, nope, rope, V, C):
@@ -172,7 +166,6 @@ def angles(T, R):
     return angle.cos().contiguous(), angle.sin().contiguous()
 
 
-@needs_kernels
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("normed", [False, True])
 def test_gqa_project(format, normed):
@@ -198,7 +191,6 @@ def test_gqa_project(format, normed):
     assert torch.equal(keys[slots], k) and torch.equal(values[slots], v)
 
 
-@needs_kernels
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("lora", [0, 36])
 @pytest.mark.parametrize("interleave", [False, True])

@@ -1,34 +1,24 @@
-"""The native kernels: C++ compiled at first use, called through ctypes.
+"""The native kernels: products with packed weights, paged attention, experts, and the small steps between them.
 
-Problem: one decoding step reads every weight once, and torch's products reach half of the memory's speed at one row and
-leave the cores idle between dozens of small operators. Approach: native/*.cpp hold the products with packed weights, paged
-attention and what lies between them, as a few calls a layer; a thread pool of their own, fp32 accumulation, and results of
-a row that do not depend on its batch. They need a C++ compiler and AVX-512 with its bf16 and int8 dot products; where
-either is missing, `available` says no, `reason` says why, and callers use torch. The library is cached under
-$XDG_CACHE_HOME/jevons/native, named by its sources, compiler and processor. Not done: other instruction sets.
+Problem: one decoding step reads every weight once; torch's products reach half of the memory's speed at one row, and the
+cores idle between dozens of small operators. Approach: C++ (native/*.cpp, compiled at first use by kernels/library.py) that makes a
+decoder layer about five calls, with threads of its own and fp32 accumulation. A row's result does not depend on the rows beside it.
+Activations are bf16, or fp32 with weights in fp32. Here are thin wrappers that check shapes and pass pointers. Where
+`available` says no, `reason` says why. Not done: a backward pass.
 """
 
 from __future__ import annotations
 
 import ctypes
-import functools
-import hashlib
-import os
-import shutil
-import subprocess
-import tempfile
-import warnings
-from ctypes import c_float, c_int, c_int32, c_long, c_void_p
-from pathlib import Path
+from ctypes import c_int32, c_void_p
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from jevons.kernels.library import load
 from jevons.kernels.quantize import FORMATS, PackedWeight
 
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-pthread", "-w")
-NEEDED = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "avx512_vnni")
 DTYPE = {torch.float32: 0, torch.bfloat16: 1}
 
 
@@ -52,71 +42,14 @@ class _Matrix(ctypes.Structure):
     )  # fmt: skip
 
 
-_PROTOTYPES = {  # p pointer, l long, i int, f float
-    "linear": "ppillpfpilpli",
-    "mlp": "pppillpfppi",
-    "moe": "pppillppippi",
-    "rms_norm": "pillipfpi",
-    "gqa_project": "ppillpfpiippfpppppi",
-    "mla_project": "pppillpfppfppiiiiippppi",
-    "paged_gqa": "plppiliiiiplpifpi",
-    "paged_mla": "plpiliiiplpippfpi",
-}
-
-
 def available() -> bool:
     """Whether the kernels can be used here; compiles them at the first question."""
-    return _load()[0] is not None
+    return load().library is not None
 
 
 def reason() -> str:
     """Why they cannot, or an empty string."""
-    return _load()[1]
-
-
-@functools.cache
-def _load() -> tuple[Any, str]:
-    try:
-        cpu = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0]
-    except OSError:
-        return None, "native kernels need Linux on x86-64"
-    flags = next((line.split(":", 1)[1].split() for line in cpu.splitlines() if line.startswith("flags")), [])
-    if missing := [flag for flag in NEEDED if flag not in flags]:
-        return None, f"native kernels need a processor with {', '.join(missing)}"
-    compiler = next((path for name in (os.environ.get("CXX"), "c++", "g++", "clang++") if name and (path := shutil.which(name))), None)
-    if compiler is None:
-        return None, "native kernels need a C++ compiler: c++, g++ or clang++ on the PATH, or $CXX"
-    try:
-        library = ctypes.CDLL(str(_build(compiler, flags)))
-    except (OSError, subprocess.SubprocessError) as error:
-        output = error.stderr if isinstance(error, subprocess.CalledProcessError) else str(error)
-        message = f"native kernels could not be compiled with {compiler}; slower torch products are used. {output.strip()[-2000:]}"
-        warnings.warn(message, stacklevel=2)
-        return None, message
-    kinds = {"p": c_void_p, "l": c_long, "i": c_int, "f": c_float}
-    for name, prototype in _PROTOTYPES.items():
-        function = getattr(library, f"jevons_{name}")
-        function.argtypes, function.restype = [kinds[kind] for kind in prototype], None
-    return library, ""
-
-
-def _build(compiler: str, cpu_flags: list[str]) -> Path:
-    """The compiled library, from the cache or made now. Safe when several processes do it at once."""
-    folder = Path(__file__).parent / "native"
-    sources = sorted(folder.glob("*.cpp"))
-    version = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True, timeout=60).stdout
-    parts = [version, *FLAGS, *sorted(cpu_flags), *(path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.?pp")))]
-    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jevons" / "native"
-    target = cache / f"{key}.so"
-    if not target.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as scratch:
-            built = Path(scratch) / "jevons.so"
-            command = [compiler, *FLAGS, *map(str, sources), "-o", str(built)]
-            subprocess.run(command, check=True, capture_output=True, text=True, timeout=600)
-            os.replace(built, target)
-    return target
+    return load().reason
 
 
 def _matrix(weight: PackedWeight) -> Any:
@@ -167,7 +100,7 @@ def linear(
     """norm(x) W^T + bias + residual, (T, N); silu(gate) * up where the weight holds both. `residual` may be `out`."""
     assert weight.stack == 0
     y = _out(x_TD, (len(x_TD), weight.N), out, residual, dtype)
-    _load()[0].jevons_linear(
+    load().library.jevons_linear(
         _matrix(weight), *_rows(x_TD, weight.K), *_norm(norm, weight.K), y.data_ptr(), DTYPE[y.dtype], weight.N,
         _pointer(residual), weight.N, threads or torch.get_num_threads(),
     )  # fmt: skip
@@ -187,7 +120,7 @@ def mlp(
     """down(silu(gate) * up) of norm(x), plus the residual. `out` may be `x_TD` or the residual."""
     assert gate_up.swiglu and gate_up.N == down.K and not gate_up.stack and not down.stack
     y = _out(x_TD, (len(x_TD), down.N), out, residual)
-    _load()[0].jevons_mlp(
+    load().library.jevons_mlp(
         _matrix(gate_up), _matrix(down), *_rows(x_TD, gate_up.K), *_norm(norm, gate_up.K), y.data_ptr(), _pointer(residual),
         threads or torch.get_num_threads(),
     )  # fmt: skip
@@ -210,7 +143,7 @@ def moe(
     assert experts_TK.dtype == torch.int64 and weights_TK.dtype == torch.float32 and experts_TK.shape == weights_TK.shape
     assert len(experts_TK) == len(x_TD) and experts_TK.is_contiguous() and weights_TK.is_contiguous()
     y = _out(x_TD, (len(x_TD), down.N), out, residual)
-    _load()[0].jevons_moe(
+    load().library.jevons_moe(
         _matrix(gate_up), _matrix(down), *_rows(x_TD, gate_up.K), experts_TK.data_ptr(), weights_TK.data_ptr(), experts_TK.shape[1],
         y.data_ptr(), _pointer(residual), threads or torch.get_num_threads(),
     )  # fmt: skip
@@ -222,7 +155,9 @@ def rms_norm(x_TD: Tensor, norm: Norm, *, threads: int = 0) -> Tensor:
     width = x_TD.shape[1]
     y = torch.empty(x_TD.shape, dtype=x_TD.dtype)
     pointer, dtype, rows, stride = _rows(x_TD, width)
-    _load()[0].jevons_rms_norm(pointer, dtype, rows, stride, width, *_norm(norm, width), y.data_ptr(), threads or torch.get_num_threads())
+    load().library.jevons_rms_norm(
+        pointer, dtype, rows, stride, width, *_norm(norm, width), y.data_ptr(), threads or torch.get_num_threads()
+    )
     return y
 
 
@@ -267,9 +202,10 @@ def gqa_project(
     assert q_norm is None or k_norm is None or q_norm.eps == k_norm.eps
     qkv = torch.empty(T, heads + 2 * kv_heads, width, dtype=x_TD.dtype)
     q_weight, eps = _norm(q_norm, width)
-    _load()[0].jevons_gqa_project(
+    load().library.jevons_gqa_project(
         _matrix(w_qkv), *_rows(x_TD, w_qkv.K), *_norm(norm, w_qkv.K), qkv.data_ptr(), heads, kv_heads, q_weight,
-        _norm(k_norm, width)[0], eps, *_turns(cos, sin, T, width), _memory(keys, kv_heads * width, x_TD.dtype), _memory(values, kv_heads * width, x_TD.dtype),
+        _norm(k_norm, width)[0], eps, *_turns(cos, sin, T, width), _memory(keys, kv_heads * width, x_TD.dtype),
+        _memory(values, kv_heads * width, x_TD.dtype),
         _slots(slots, T), threads or torch.get_num_threads(),
     )  # fmt: skip
     q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=1)
@@ -304,7 +240,7 @@ def mla_project(
     assert (w_q_b is None or first == w_q_b.K) and (q_norm is None or q_norm.eps == kv_norm.eps)
     q = torch.empty(T, heads, nope + rope, dtype=x_TD.dtype)
     row = torch.empty(T, latent + rope, dtype=x_TD.dtype)
-    _load()[0].jevons_mla_project(
+    load().library.jevons_mla_project(
         _matrix(w_a), None if w_q_b is None else _matrix(w_q_b), *_rows(x_TD, w_a.K), *_norm(norm, w_a.K), _norm(q_norm, first)[0],
         *_norm(kv_norm, latent), q.data_ptr(), row.data_ptr(), heads, nope, rope, latent, interleave, *_turns(cos, sin, T, rope),
         _memory(memory, latent + rope, x_TD.dtype), _slots(slots, T), threads or torch.get_num_threads(),
@@ -328,7 +264,7 @@ def paged_gqa(
     S, N, width = q_SNH.shape
     M, V = keys.shape[1], values.shape[2]
     out = torch.empty(S, N, V, dtype=q_SNH.dtype)
-    _load()[0].jevons_paged_gqa(
+    load().library.jevons_paged_gqa(
         q_SNH.data_ptr(), q_SNH.stride(0), _memory(keys, M * width, q_SNH.dtype), _memory(values, M * V, q_SNH.dtype), DTYPE[q_SNH.dtype],
         S, N, M, width, V, *_context(q_SNH, tables, lengths, block_size), scale, out.data_ptr(), threads or torch.get_num_threads(),
     )  # fmt: skip
@@ -352,7 +288,7 @@ def paged_mla(
     nope, latent = w_key.K, w_key.N
     assert w_key.stack == w_value.stack == N and latent == w_value.K
     out = torch.empty(S, N, w_value.N, dtype=q_SNX.dtype)
-    _load()[0].jevons_paged_mla(
+    load().library.jevons_paged_mla(
         q_SNX.data_ptr(), q_SNX.stride(0), _memory(memory, latent + width - nope, q_SNX.dtype), DTYPE[q_SNX.dtype], S, N,
         nope, width - nope, *_context(q_SNX, tables, lengths, block_size), _matrix(w_key), _matrix(w_value), scale, out.data_ptr(),
         threads or torch.get_num_threads(),

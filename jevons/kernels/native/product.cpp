@@ -17,19 +17,20 @@
 
 #include <algorithm>
 #include <cmath>
+#include <utility>
 
 #include "pool.hpp"
 
 namespace jevons {
 namespace {
 
-constexpr int ROWS = 14;               // of a block: 28 accumulators of the 32 registers
-constexpr long CACHE = 384 * 1024;     // bytes of x that pass while a tile waits in the second-level cache
-constexpr int AHEAD = 1024;            // bytes the loop asks for before it needs them
+constexpr int ROWS = 14;            // of a block at most: 28 accumulators of the 32 registers
+constexpr long CACHE = 384 * 1024;  // bytes of x that pass while a tile waits in the second-level cache
+constexpr int AHEAD = 2048;         // bytes asked for before they are needed, where one block is all there is
 
-constexpr long group_of(int format) { return format == INT8 ? 128 : format == INT4 ? 32 : format == BFLOAT ? 2 : 1; }
-constexpr long per_unit(int format) { return format >= INT8 ? 4 : format == BFLOAT ? 2 : 1; }
-constexpr long group_bytes(int format) { return format == INT8 ? 64 + 4096 : format == INT4 ? 128 + 512 : 128; }
+// rows of a block where one block is all (a weight crosses memory once), and where there are more (the fastest loops)
+constexpr int alone(int format) { return format == INT4 ? 8 : ROWS; }
+constexpr int several(int format) { return format == INT4 ? 7 : format == INT8 ? 8 : ROWS; }
 
 struct Block {
     int row, rows;
@@ -46,14 +47,26 @@ struct Rows {
 
 static inline __m512 pair_of_scales(const uint8_t* p) { return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
 
+// What to ask for while a tile is read, so that memory works while the arithmetic units do.
+struct Ahead {
+    const uint8_t* p;
+    long step;  // for 128 bytes read: 128, or 64 where two blocks share the asking, or 0
+
+    template <int BYTES>
+    void ask() {
+        _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0);
+        if (BYTES == 128) _mm_prefetch(reinterpret_cast<const char*>(p + step / 2), _MM_HINT_T0);
+        p += BYTES == 128 ? step : step / 2;
+    }
+};
+
 template <int FORMAT, int M>
-void multiply_float(const uint8_t* w, const uint32_t* x, long U, float* out) {
+void multiply_float(const uint8_t* w, const uint32_t* x, long U, Ahead ahead, float* out) {
     __m512 acc[M][2];
 #pragma GCC unroll 16
     for (int r = 0; r < M; r++) acc[r][0] = acc[r][1] = _mm512_setzero_ps();
     for (long u = 0; u < U; u++, w += 128, x += M) {
-        _mm_prefetch(reinterpret_cast<const char*>(w) + AHEAD, _MM_HINT_T0);
-        _mm_prefetch(reinterpret_cast<const char*>(w) + AHEAD + 64, _MM_HINT_T0);
+        ahead.ask<128>();
         __m512i w0 = _mm512_loadu_si512(w), w1 = _mm512_loadu_si512(w + 64);
 #pragma GCC unroll 16
         for (int r = 0; r < M; r++) {
@@ -74,13 +87,25 @@ void multiply_float(const uint8_t* w, const uint32_t* x, long U, float* out) {
     }
 }
 
+// the intrinsic in other words: with it GCC 12 keeps moving accumulators between registers and the stack
+static inline void add_quads(__m512i& sum, __m512i w, __m512i x) { asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x)); }
+
 template <int FORMAT, int M>
-void multiply_int(const uint8_t* w, const uint32_t* x, const float* scale, const float* offset, const int32_t* zero, long G, float* out) {
+void multiply_int(const uint8_t* w, const uint32_t* x, const float* scale, const float* offset, const int32_t* zero, long G, Ahead ahead,
+                  float* out) {
     constexpr int QUADS = group_of(FORMAT) / 4, HEAD = FORMAT == INT4 ? 128 : 64;
     const __m512i low = _mm512_set1_epi8(15);
-    __m512 sum[M][2];
+    constexpr bool KEPT = M <= 7;  // scaled sums find registers beside the integer sums; else they stay in `out`, first-level cache
+    __m512 sum[KEPT ? M : 1][2];
 #pragma GCC unroll 16
-    for (int r = 0; r < M; r++) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
+    for (int r = 0; r < M; r++) {
+        if (KEPT) {
+            sum[r][0] = sum[r][1] = _mm512_setzero_ps();
+        } else {
+            _mm512_store_ps(out + r * 32, _mm512_setzero_ps());
+            _mm512_store_ps(out + r * 32 + 16, _mm512_setzero_ps());
+        }
+    }
     for (long g = 0; g < G; g++, scale += M, offset += M, zero += M) {
         const uint8_t* head = w;
         w += HEAD;
@@ -90,9 +115,8 @@ void multiply_int(const uint8_t* w, const uint32_t* x, const float* scale, const
 #pragma GCC unroll 1
         for (int q = 0; q < QUADS; q++, x += M) {
             __m512i w0, w1;
-            _mm_prefetch(reinterpret_cast<const char*>(w) + AHEAD, _MM_HINT_T0);
+            ahead.ask<FORMAT == INT8 ? 128 : 64>();
             if (FORMAT == INT8) {
-                _mm_prefetch(reinterpret_cast<const char*>(w) + AHEAD + 64, _MM_HINT_T0);
                 w0 = _mm512_loadu_si512(w), w1 = _mm512_loadu_si512(w + 64);
                 w += 128;
             } else {
@@ -103,51 +127,55 @@ void multiply_int(const uint8_t* w, const uint32_t* x, const float* scale, const
 #pragma GCC unroll 16
             for (int r = 0; r < M; r++) {
                 __m512i v = _mm512_set1_epi32(int(x[r]));
-                acc[r][0] = _mm512_dpbusd_epi32(acc[r][0], w0, v);
-                acc[r][1] = _mm512_dpbusd_epi32(acc[r][1], w1, v);
+                add_quads(acc[r][0], w0, v);
+                add_quads(acc[r][1], w1, v);
             }
         }
-        __m512 s[2] = {pair_of_scales(head), pair_of_scales(head + 32)};
+        __m512 s[2] = {pair_of_scales(head), pair_of_scales(head + 32)}, least[2];
+        if (FORMAT == INT4) least[0] = pair_of_scales(head + 64), least[1] = pair_of_scales(head + 96);
 #pragma GCC unroll 16
         for (int r = 0; r < M; r++)
 #pragma GCC unroll 2
-            for (int i = 0; i < 2; i++)
-                sum[r][i] = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(acc[r][i]), s[i]), _mm512_set1_ps(scale[r]), sum[r][i]);
-        if (FORMAT == INT4) {
-            __m512 least[2] = {pair_of_scales(head + 64), pair_of_scales(head + 96)};
+            for (int i = 0; i < 2; i++) {
+                __m512 before = KEPT ? sum[KEPT ? r : 0][i] : _mm512_load_ps(out + r * 32 + i * 16);
+                __m512 after = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(acc[r][i]), s[i]), _mm512_set1_ps(scale[r]), before);
+                if (FORMAT == INT4) after = _mm512_fmadd_ps(least[i], _mm512_set1_ps(offset[r]), after);
+                if (KEPT)
+                    sum[KEPT ? r : 0][i] = after;
+                else
+                    _mm512_store_ps(out + r * 32 + i * 16, after);
+            }
+    }
+    if (KEPT)
 #pragma GCC unroll 16
-            for (int r = 0; r < M; r++)
-#pragma GCC unroll 2
-                for (int i = 0; i < 2; i++) sum[r][i] = _mm512_fmadd_ps(least[i], _mm512_set1_ps(offset[r]), sum[r][i]);
+        for (int r = 0; r < M; r++) {
+            _mm512_store_ps(out + r * 32, sum[r][0]);
+            _mm512_store_ps(out + r * 32 + 16, sum[r][1]);
         }
-    }
-#pragma GCC unroll 16
-    for (int r = 0; r < M; r++) {
-        _mm512_storeu_ps(out + r * 32, sum[r][0]);
-        _mm512_storeu_ps(out + r * 32 + 16, sum[r][1]);
-    }
 }
 
 template <int FORMAT, int M>
-void multiply(const uint8_t* tile, const Rows& x, const Block& block, float* out) {
+void multiply(const uint8_t* tile, const Rows& x, const Block& block, Ahead ahead, float* out) {
     const uint32_t* units = x.units + block.row * x.U;
     if constexpr (FORMAT >= INT8) {
         long at = block.row * x.G;
-        multiply_int<FORMAT, M>(tile, units, x.scale + at, x.offset + at, x.zero + at, x.G, out);
+        multiply_int<FORMAT, M>(tile, units, x.scale + at, x.offset + at, x.zero + at, x.G, ahead, out);
     } else {
-        multiply_float<FORMAT, M>(tile, units, x.U, out);
+        multiply_float<FORMAT, M>(tile, units, x.U, ahead, out);
     }
 }
 
-using Multiply = void (*)(const uint8_t*, const Rows&, const Block&, float*);
+using Multiply = void (*)(const uint8_t*, const Rows&, const Block&, Ahead, float*);
+
+template <int FORMAT, int... M>
+Multiply multiply_of(int rows, std::integer_sequence<int, M...>) {
+    static constexpr Multiply TABLE[] = {multiply<FORMAT, M + 1>...};
+    return TABLE[rows - 1];
+}
 
 template <int FORMAT>
 Multiply multiply_of(int rows) {
-    static constexpr Multiply TABLE[ROWS + 1] = {
-        nullptr, multiply<FORMAT, 1>, multiply<FORMAT, 2>, multiply<FORMAT, 3>, multiply<FORMAT, 4>, multiply<FORMAT, 5>,
-        multiply<FORMAT, 6>, multiply<FORMAT, 7>, multiply<FORMAT, 8>, multiply<FORMAT, 9>, multiply<FORMAT, 10>,
-        multiply<FORMAT, 11>, multiply<FORMAT, 12>, multiply<FORMAT, 13>, multiply<FORMAT, 14>};
-    return TABLE[rows];
+    return multiply_of<FORMAT>(rows, std::make_integer_sequence<int, alone(FORMAT)>());
 }
 
 Multiply multiply_of(int format, int rows) {
@@ -244,10 +272,11 @@ void product(const Matrix& m, const Input& input, const Segments& segments, cons
     long tile_bytes = G * group_bytes(m.format);
 
     blocks.clear(), units.clear(), block_of.clear();
-    long together = std::max(1L, CACHE / (U * 4 * ROWS));  // blocks whose rows fit the cache beside a tile
+    long together = std::max(1L, CACHE / (U * 4 * several(m.format)));  // blocks whose rows fit the cache beside a tile
     for (int s = 0; s < segments.count; s++) {
         const Segment& segment = segments.data[s];
-        int count = segment.end - segment.begin, pieces = (count + ROWS - 1) / ROWS, row = segment.begin, first = int(blocks.size());
+        int count = segment.end - segment.begin, row = segment.begin, first = int(blocks.size());
+        int pieces = count <= alone(m.format) ? 1 : (count + several(m.format) - 1) / several(m.format);
         for (int i = 0; i < pieces; i++) {
             int size = count / pieces + (i < count % pieces);
             block_of.insert(block_of.end(), size, int(blocks.size()));
@@ -297,7 +326,11 @@ void product(const Matrix& m, const Input& input, const Segments& segments, cons
         for (int tile = begin; tile < end; tile++)
             for (int b = unit.begin; b < unit.end; b++) {
                 const Block& block = block_data[b];
-                multiply_of(m.format, block.rows)(data + tile * tile_bytes, x, block, values);
+                const uint8_t* here = data + tile * tile_bytes;
+                // one block: shortly ahead; more: the first two ask for the next tile
+                Ahead ahead{here + AHEAD, 128};
+                if (unit.end - unit.begin > 1) ahead = {here + tile_bytes + (b - unit.begin) * tile_bytes / 2, b - unit.begin < 2 ? 64 : 0};
+                multiply_of(m.format, block.rows)(here, x, block, ahead, values);
                 finish(m, tile, block, values, m.bias ? m.bias + (size_t(unit.which) * tiles + tile) * 32 : nullptr, output);
             }
     });

@@ -8,6 +8,10 @@ namespace jevons {
 
 enum Format { F32 = 0, BFLOAT = 1, INT8 = 2, INT4 = 3 };
 
+constexpr long group_of(int format) { return format == INT8 ? 128 : format == INT4 ? 32 : format == BFLOAT ? 2 : 1; }
+constexpr long per_unit(int format) { return format >= INT8 ? 4 : format == BFLOAT ? 2 : 1; }
+constexpr long group_bytes(int format) { return format == INT8 ? 64 + 4096 : format == INT4 ? 128 + 512 : 128; }
+
 // One packed weight, or a stack of equal ones (experts, heads). Mirrored by a ctypes.Structure in kernels/native.py.
 struct Matrix {
     const uint8_t* data;
