@@ -173,6 +173,26 @@ def test_open_only_until_the_first_key(file_store):
     refused(401, keys.authenticate, None)  # the last key's end does not open the door
 
 
+def test_limits_change_while_the_server_runs(store):
+    clock = Clock()
+    server, admin = Keys(store, clock=clock), Keys(store)
+    key, secret = admin.create("alice", budget=1.0, models=["a"], rate=0.001)
+    store.insert([row(key_id=key.id, money=1.5)])
+    account = account_of(server, secret)
+    refused(402, server.admit, account, "a")
+    changed = admin.change("alice", budget=2.0, models=None, rate=None)
+    assert (changed.budget, changed.models, changed.rate, changed.digest) == (2.0, None, None, key.digest)
+    clock.now += 1.0
+    account = account_of(server, secret)
+    for _ in range(2):
+        server.admit(account, "b").release()
+    assert server.balance(account).remaining == 0.5
+    with pytest.raises(ValueError, match="budget: must be more than 0"):
+        admin.change("alice", budget=-1.0)
+    with pytest.raises(ValueError, match="no key 'bob'"):
+        admin.change("bob", budget=1.0)
+
+
 def test_limits_that_make_no_sense(file_store):
     keys = Keys(file_store)
     wrong = [{"budget": 0.0}, {"rate": -1.0}, {"concurrency": 0}, {"expires": 1.0}, {"models": []}, {"models": ["a", ""]}, {"tenant": ""}]
@@ -641,6 +661,13 @@ def test_verbs(ledger_url):
     listed = jevons("keys", "list", *where).stdout
     assert [part for part in (account.key_id, second[:18], "0.1500", "$5", "active") if part not in listed] == []
     assert second not in listed
+    assert jevons("keys", "change", "alice", "--budget", 7, "--rate", 0, "--expires", "never", *where).stdout.endswith(
+        ": $7, 4 at once, a b\n"
+    )
+    (changed,) = store.all_keys()
+    assert (changed.budget, changed.rate, changed.concurrency, changed.models, changed.expires) == (7.0, None, 4, ("a", "b"), None)
+    with pytest.raises(ValueError, match="name a limit to change"):
+        jevons("keys", "change", "alice", *where)
     assert "is revoked" in jevons("keys", "revoke", account.key_id, *where).stdout
     assert "revoked" in jevons("keys", "list", *where).stdout
     store.close()

@@ -35,20 +35,20 @@ def open_database(url_or_path: str | Path, tables: Sequence[sql.Table], *, busy_
         with engine.begin() as connection:
             if backend == "sqlite":
                 connection.exec_driver_sql("PRAGMA journal_mode=WAL")
-            elif backend == "postgresql":  # two that create the same table at once fail there, in spite of IF NOT EXISTS
-                connection.execute(sql.select(sql.func.pg_advisory_xact_lock(SCHEMA_LOCK)))
-            for table in tables:
+                present = set()  # IF NOT EXISTS is free there
+            else:  # elsewhere it may lock a table that others write to, or fail when two processes create at once
+                if backend == "postgresql":
+                    connection.execute(sql.select(sql.func.pg_advisory_xact_lock(SCHEMA_LOCK)))
+                present = set(sql.inspect(connection).get_table_names())
+            new = [table for table in tables if table.name not in present]
+            for table in new:
                 connection.execute(CreateTable(table, if_not_exists=True))
-        for table in tables:
-            columns = {column["name"] for column in sql.inspect(engine).get_columns(table.name)}
-            if missing := {column.name for column in table.columns} - columns:
-                raise ValueError(f"{name}: not a ledger (its table `{table.name}` lacks {', '.join(sorted(missing))}); name another")
-        with engine.begin() as connection:  # after the check, because an index on a column that is missing is a worse message
-            if backend == "postgresql":
-                connection.execute(sql.select(sql.func.pg_advisory_xact_lock(SCHEMA_LOCK)))
             for table in tables:
-                for index in sorted(table.indexes, key=lambda index: str(index.name)):
-                    connection.execute(CreateIndex(index, if_not_exists=True))
+                columns = {column["name"] for column in sql.inspect(connection).get_columns(table.name)}
+                if missing := {column.name for column in table.columns} - columns:
+                    raise ValueError(f"{name}: not a ledger (its table `{table.name}` lacks {', '.join(sorted(missing))}); name another")
+            for index in (index for table in new for index in table.indexes):
+                connection.execute(CreateIndex(index, if_not_exists=True))
     except (DatabaseError, ValueError) as error:
         engine.dispose()
         if isinstance(error, OperationalError) and backend != "sqlite":

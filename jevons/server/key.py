@@ -13,6 +13,7 @@ Not done: limits over several servers, limits in tokens a minute, roles.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import hashlib
 import hmac
 import logging
@@ -24,6 +25,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Any
 
 from sqlalchemy.exc import DBAPIError
 
@@ -256,18 +258,11 @@ class Keys:
         tenant: str | None = None,
     ) -> tuple[KeyRow, str]:
         """A new key and its secret, which cannot be had again. `tenant`: by default a tenant of its own."""
-        if not name or not name.isprintable() or len(name) > 100:
-            raise ValueError("name: must be 1 to 100 printable characters")
-        if tenant is not None and (not tenant or not tenant.isprintable() or len(tenant) > 100):
-            raise ValueError("tenant: must be 1 to 100 printable characters")
-        for field, value in (("budget", budget), ("rate", rate), ("concurrency", concurrency)):
-            if value is not None and not 0 < value < float("inf"):
-                raise ValueError(f"{field}: must be more than 0, is {value}; leave it away for no limit")
-        if expires is not None and expires <= self._wall():
-            raise ValueError("expires: lies in the past")
+        for field, text in (("name", name), ("tenant", name if tenant is None else tenant)):
+            if not text or not text.isprintable() or len(text) > 100:
+                raise ValueError(f"{field}: must be 1 to 100 printable characters")
         names = None if models is None else tuple(models)
-        if names is not None and not (names and all(names)):
-            raise ValueError("models: give one name or more, separated by commas")
+        self._check({"models": names, "budget": budget, "rate": rate, "concurrency": concurrency, "expires": expires})
         secret, key_id = _secret(), secrets.token_hex(6)
         row = KeyRow(
             id=key_id,
@@ -284,6 +279,22 @@ class Keys:
         )
         self.store.add_key(row)
         return row, secret
+
+    def change(self, name_or_id: str, **limits: Any) -> KeyRow:
+        """Other limits for a key (models, budget, rate, concurrency, expires); None lifts one. What it spent stays."""
+        row = self._active(name_or_id)
+        self._check(limits)
+        self.store.change_key(row.id, **limits)
+        return dataclasses.replace(row, **limits)
+
+    def _check(self, limits: dict[str, Any]) -> None:
+        for field in ("budget", "rate", "concurrency"):
+            if (value := limits.get(field)) is not None and not 0 < value < float("inf"):
+                raise ValueError(f"{field}: must be more than 0, is {value}")
+        if (expires := limits.get("expires")) is not None and expires <= self._wall():
+            raise ValueError("expires: lies in the past")
+        if (models := limits.get("models")) is not None and not (models and all(models)):
+            raise ValueError("models: give one name or more, separated by commas")
 
     def revoke(self, name_or_id: str) -> KeyRow:
         """End a key for good. Its usage stays."""

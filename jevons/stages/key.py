@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from jevons.cost.price import Prices
-    from jevons.cost.usage import UsageStore
+    from jevons.cost.usage import KeyRow, UsageStore
     from jevons.server.key import Keys
 
 SECONDS = {"m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
@@ -65,7 +65,7 @@ def create(
     jevons keys create --name alice --budget 5 --rate 2 --expires 30d
     """
     moment = None if expires is None else parse_moment(expires, time.time(), 1, "--expires")
-    names = None if models is None else [part.strip() for part in models.split(",")]
+    names = None if models is None else _names(models)
     row, secret = _open(root, ledger, make=True).create(
         name, models=names, budget=budget, rate=rate, concurrency=concurrency, expires=moment, tenant=tenant
     )
@@ -85,13 +85,36 @@ def list_keys(root: Root = Path("runs"), ledger: URL = None) -> None:
     for column in ("name", "id", "key", "spent", "limits", "state"):
         table.add_column(column, no_wrap=column != "limits", justify="right" if column == "spent" else "left")
     for row in _store(root, ledger).all_keys():
-        limits = [f"${row.budget:g}" if row.budget else "", f"{row.rate:g} a second" if row.rate else ""]
-        limits += [f"{row.concurrency} at once" if row.concurrency else "", " ".join(row.models or ())]
-        limits += [f"until {datetime.fromtimestamp(row.expires, UTC):%Y-%m-%d %H:%M}" if row.expires else ""]
         state = row.state(time.time())
-        cells = (row.name, row.id, row.prefix, format_amount(row.spent), ", ".join(filter(None, limits)) or "none", state)
+        cells = (row.name, row.id, row.prefix, format_amount(row.spent), _limits(row), state)
         table.add_row(*cells, style=None if state == "active" else "dim")
     Console().print(table)
+
+
+@keys.command()
+def change(
+    key: Key,
+    models: Annotated[str | None, typer.Option(help="Only these models from now on, or `all`.", show_default="as before")] = None,
+    budget: Annotated[
+        float | None, typer.Option(help="Dollars, in all, what is spent included; 0: none.", show_default="as before")
+    ] = None,
+    rate: Annotated[float | None, typer.Option(help="Requests a second; 0: any.", show_default="as before")] = None,
+    concurrency: Annotated[int | None, typer.Option(help="Requests at once; 0: any.", show_default="as before")] = None,
+    expires: Annotated[str | None, typer.Option(help="In 30d, 12h, at a date, or `never`.", show_default="as before")] = None,
+    root: Root = Path("runs"),
+    ledger: URL = None,
+) -> None:
+    """Other limits for a key: its budget raised, its end put off. Within a second on every server that uses this ledger."""
+    limits: dict[str, object] = {"budget": budget, "rate": rate, "concurrency": concurrency}
+    limits = {name: value or None for name, value in limits.items() if value is not None}
+    if models is not None:
+        limits["models"] = None if models == "all" else _names(models)
+    if expires is not None:
+        limits["expires"] = None if expires == "never" else parse_moment(expires, time.time(), 1, "--expires")
+    if not limits:
+        raise ValueError(f"keys change {key}: name a limit to change, such as --budget 10")
+    row = _open(root, ledger).change(key, **limits)
+    print(f"{row.name} ({row.id}): {_limits(row)}")
 
 
 @keys.command()
@@ -153,6 +176,17 @@ def parse_moment(text: str, now: float, sign: int, option: str) -> float:
     except ValueError:
         raise ValueError(f"{option}: {text!r} is neither a duration, such as 30d or 12h, nor a date, such as 2027-01-31") from None
     return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+
+
+def _names(models: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in models.split(","))
+
+
+def _limits(row: KeyRow) -> str:
+    limits = [f"${row.budget:g}" if row.budget else "", f"{row.rate:g} a second" if row.rate else ""]
+    limits += [f"{row.concurrency} at once" if row.concurrency else "", " ".join(row.models or ())]
+    limits += [f"until {datetime.fromtimestamp(row.expires, UTC):%Y-%m-%d %H:%M}" if row.expires else ""]
+    return ", ".join(filter(None, limits)) or "none"
 
 
 def _store(root: Path, ledger: str | None, *, make: bool = False) -> UsageStore:
