@@ -22,6 +22,7 @@ from jevons.data.chat import Message
 from jevons.server import grammar
 from jevons.server.block import Blocks, Event
 from jevons.server.conversation import Conversation, ToolChoice, encode, read_stop, read_tools, refused, to_job
+from jevons.server.document import KEYED, WORK, list_of, object_of, responses
 from jevons.server.error import APIError
 from jevons.server.field import Body, at_most, resolve
 from jevons.server.job import Update, Usage
@@ -90,7 +91,9 @@ class MessageRequest(CountRequest):
 
 
 def router(service: Service, admit: Callable[..., Any]) -> APIRouter:
-    routes = APIRouter(prefix="/anthropic/v1")
+    routes = APIRouter(prefix="/anthropic/v1", tags=["anthropic"])
+    message = object_of(id="string", type="string", role="string", model="string", content=list_of("object"), usage="object")
+    models = object_of(data=list_of("object"), has_more="boolean", first_id="string", last_id="string")
 
     def thinks(body: CountRequest, ticket: Ticket) -> bool:
         """Check the model's name; whether the reply begins with thinking where the request does not say."""
@@ -101,7 +104,7 @@ def router(service: Service, admit: Callable[..., Any]) -> APIRouter:
             raise APIError(400 if error.status == 404 else error.status, error.message, param="model") from error
         return bool(alias and alias.thinking)
 
-    @routes.post("/messages", summary="Anthropic's messages")
+    @routes.post("/messages", summary="Anthropic's messages", response_model=None, responses=_documented(message, *WORK, stream=True))
     async def create_message(request: Request, body: MessageRequest, ticket: Annotated[Ticket, Depends(admit)]) -> Response:
         conversation = read(body, thinks(body, ticket))
         ticket.user = (body.metadata and body.metadata.user_id) or ""
@@ -116,12 +119,14 @@ def router(service: Service, admit: Callable[..., Any]) -> APIRouter:
             return await stream(request, reply.frames(updates), failure=reply.broken, keep_alive=service.limits.keep_alive)
         return JSONResponse(await attended(request, reply.whole(updates)))
 
-    @routes.post("/messages/count_tokens", summary="How many tokens a prompt has")
+    @routes.post(
+        "/messages/count_tokens", summary="How many tokens a prompt has", responses=_documented(object_of(input_tokens="integer"), *WORK)
+    )
     async def count_tokens(body: CountRequest, ticket: Annotated[Ticket, Depends(admit)]) -> dict[str, int]:
         prompt, _ = await encode(service, read(body, thinks(body, ticket)))
         return {"input_tokens": len(prompt)}
 
-    @routes.get("/models", summary="The served model and its other names, in Anthropic's form")
+    @routes.get("/models", summary="The served model's names", responses=_documented(models, *KEYED))
     async def list_models(ticket: Annotated[Ticket, Depends(admit)]) -> dict[str, Any]:
         created = datetime.fromtimestamp(service.created, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         names = [service.model_id, *service.aliases]
@@ -129,6 +134,13 @@ def router(service: Service, admit: Callable[..., Any]) -> APIRouter:
         return {"data": entries, "has_more": False, "first_id": names[0], "last_id": names[-1]}
 
     return routes
+
+
+def _documented(ok: dict[str, Any], *statuses: int, stream: bool = False) -> dict[int | str, dict[str, Any]]:
+    """`responses`, with the errors in Anthropic's form."""
+    error = object_of(type={"const": "error"}, error=object_of(type="string", message="string"))
+    failure = {"content": {"application/json": {"schema": error}}}
+    return {status: r if status == 200 else r | failure for status, r in responses(ok, *statuses, stream=stream).items()}
 
 
 def error_body(error: APIError, request_id: str | None = None) -> dict[str, Any]:
@@ -169,6 +181,7 @@ class Reply:
         async with aclosing(updates):
             async for update in updates:
                 self.take(update)
+        assert self.stop_reason is not None, "the answer ended without its last update"
         return self.result()
 
     async def frames(self, updates: AsyncGenerator[Update, None]) -> AsyncGenerator[str, None]:
@@ -181,6 +194,7 @@ class Reply:
                     yield _frame({"type": "ping"})
                 for event in self.take(update):
                     yield _frame(event)
+        assert self.stop_reason is not None, "the answer ended without its last update"
 
     def broken(self, error: APIError) -> str:
         """The last event of a stream that cannot go on."""

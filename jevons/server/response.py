@@ -21,6 +21,7 @@ from pydantic import Field
 from jevons.data.chat import Message
 from jevons.server import grammar
 from jevons.server.conversation import Conversation, check_parts, read_tool_choice, read_tools, refused, to_job
+from jevons.server.document import WORK, list_of, object_of, responses
 from jevons.server.error import APIError
 from jevons.server.field import Body, at_most, resolve
 from jevons.server.item import Event, Output
@@ -98,10 +99,13 @@ class ResponseRequest(Body):
 
 
 def router(service: Service, admit: Callable[..., Any]) -> APIRouter:
-    routes = APIRouter()
+    routes = APIRouter(tags=["responses"])
+
+    reply = object_of(id="string", object="string", status="string", output=list_of("object"), usage={"type": ["object", "null"]})
+    documented = responses(reply, *WORK, stream=True)
 
     @routes.post("/responses", include_in_schema=False)
-    @routes.post("/v1/responses", summary="Responses (stateless)")
+    @routes.post("/v1/responses", summary="Responses (stateless)", response_model=None, responses=documented)
     async def create_response(request: Request, body: ResponseRequest, ticket: Annotated[Ticket, Depends(admit)]) -> Response:
         alias = resolve(service, body.model, ticket)
         ticket.user = body.user_id if body.user_id is not None else body.user or ""
@@ -152,6 +156,7 @@ class Reply:
         async with aclosing(updates):
             async for update in updates:
                 self.take(update)
+        assert self.status != "in_progress", "the answer ended without its last update"
         return self.result()
 
     async def frames(self, updates: AsyncGenerator[Update, None]) -> AsyncGenerator[str, None]:
@@ -160,6 +165,7 @@ class Reply:
                 # not earlier: what is wrong with the request is still an HTTP status until then
                 for event in [*self._opening(), *self.take(update)]:
                     yield self._frame(event)
+        assert self.status != "in_progress", "the answer ended without its last update"
 
     def broken(self, error: APIError) -> str:
         """The last events of a stream that cannot go on."""
@@ -236,8 +242,10 @@ def read(body: ResponseRequest, thinking: bool | None) -> tuple[Conversation, di
         tool_choice = {"type": tool_choice.get("type"), "function": {"name": tool_choice.get("name")}}
     choice, tool_name = read_tool_choice(tool_choice, tools)
     switch = body.thinking
-    if switch is not None and switch.type != "adaptive":
-        thinking = switch.type == "enabled"
+    if switch is not None:
+        thinking = {"enabled": True, "disabled": False, "adaptive": None}[switch.type]
+    elif body.reasoning is not None and body.reasoning.effort == "none":
+        thinking = False
     conversation = Conversation(
         messages=_merge_system([*([Message("system", body.instructions)] if body.instructions else []), *read_input(body.input)]),
         tools=tools,
