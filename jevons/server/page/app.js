@@ -49,7 +49,7 @@ function route() {
   one("#chat").hidden = live;
   one("#live").hidden = !live;
   state.show(live);
-  if (live) return;
+  if (live) return void sidebar.draw();
   const id = /^#\/c\/(\w+)$/.exec(location.hash)?.[1];
   const conversation = store.conversations.get(id) ?? null;
   if (conversation !== chat.conversation || !one("#messages").childElementCount) chat.show(conversation);

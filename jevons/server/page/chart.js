@@ -21,9 +21,9 @@ export function path(points, { from, span, top }) {
     .map(([time, value]) => {
       const x = ((time - from) / span) * WIDTH;
       const y = HEIGHT - (value / top) * HEIGHT;
-      const step = `${time - last > GAP ? "M" : "L"}${x.toFixed(1)} ${y.toFixed(1)}`;
+      const begins = time - last > GAP;
       last = time;
-      return step;
+      return `${begins ? "M" : "L"}${x.toFixed(1)} ${y.toFixed(1)}${begins ? "h0" : ""}`; // h0: one point alone is a dot
     })
     .join("");
 }

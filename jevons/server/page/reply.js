@@ -51,6 +51,7 @@ export class Replies extends EventTarget {
     message.duration ??= now() - clock.start;
     if (this.#running.get(conversation.id) === controller) this.#running.delete(conversation.id); // else a later reply took its place
     store.save(conversation, { touch: true });
+    store.flush();
     this.#tell(conversation, message, "end");
   }
 

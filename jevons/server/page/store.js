@@ -1,11 +1,13 @@
 // What the browser keeps: conversations in IndexedDB, one record each, and settings in localStorage. Nothing is kept on the server.
 //
 // All conversations are held in memory too, so that listing and searching are plain loops. Writes are gathered for a third
-// of a second: while a reply streams its conversation is written a few times a second, and a reload loses at most that much.
+// of a second: while a reply streams its conversation is written a few times a second. A page that is left cannot wait for a
+// database; what is not written yet then goes to sessionStorage, which is written at once, and is taken up by the reload.
 // Other tabs of the same browser hear of a write and read that record again.
 
 const NAME = "conversations";
 const DELAY = 300; // ms
+const LATE = "jevons.late";
 
 export const DEFAULTS = {
   model: "", key: "", theme: "auto", system: "", thinking: "auto", effort: "", budget: "",
@@ -41,6 +43,7 @@ const settle = (request) =>
 export class Store extends EventTarget {
   #db = null;
   #dirty = new Set();
+  #writing = new Set();
   #timer = 0;
   #channel = "BroadcastChannel" in globalThis ? new BroadcastChannel("jevons") : null;
   conversations = new Map();
@@ -54,19 +57,20 @@ export class Store extends EventTarget {
     } catch {
       return false;
     }
-    for (const conversation of await settle(this.#table("readonly").getAll())) {
+    const kept = await settle(this.#table("readonly").getAll());
+    const late = JSON.parse(sessionStorage.getItem(LATE) ?? "[]");
+    sessionStorage.removeItem(LATE);
+    for (const conversation of [...kept, ...late]) {
       for (const message of conversation.messages) {
         if (message.state === "streaming") message.state = "interrupted"; // by a reload; what had come is here
       }
       this.conversations.set(conversation.id, conversation);
     }
+    for (const conversation of late) this.save(conversation);
     this.#channel?.addEventListener("message", (event) => this.#refresh(event.data));
-    addEventListener("pagehide", () => this.flush());
+    addEventListener("pagehide", () => this.#leave());
+    addEventListener("pageshow", () => sessionStorage.removeItem(LATE)); // left and back without a reload: all of it is here
     return true;
-  }
-
-  get persistent() {
-    return this.#db !== null;
   }
 
   /** Latest first, those that hold all of the words of `query` in their title or text. */
@@ -106,6 +110,7 @@ export class Store extends EventTarget {
     const ids = [...this.#dirty];
     this.#dirty.clear();
     if (!this.#db || !ids.length) return;
+    for (const id of ids) this.#writing.add(id);
     const table = this.#table("readwrite");
     const done = ids.map((id) => {
       const conversation = this.conversations.get(id);
@@ -116,8 +121,21 @@ export class Store extends EventTarget {
     } catch (error) {
       this.dispatchEvent(new CustomEvent("failed", { detail: error })); // the disk is full: the page says so
       return;
+    } finally {
+      for (const id of ids) this.#writing.delete(id);
     }
     this.#channel?.postMessage(ids);
+  }
+
+  #leave() {
+    const ids = new Set([...this.#dirty, ...this.#writing]);
+    const late = [...ids].map((id) => this.conversations.get(id)).filter(Boolean);
+    try {
+      if (late.length) sessionStorage.setItem(LATE, JSON.stringify(late));
+    } catch {
+      // too long for sessionStorage (some megabytes): what the last write had is kept
+    }
+    this.flush();
   }
 
   async #refresh(ids) {
