@@ -416,6 +416,19 @@ def test_rows_left_at_the_end_are_logged(file_store, monkeypatch, caplog):
     assert [r.levelname for r in caplog.records if '"request_id": "lost-one"' in r.message] == ["ERROR"]
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_no_requests_without_a_meter(file_store, monkeypatch):
+    monkeypatch.setattr(file_store, "insert", lambda rows: 1 / 0)
+
+    async def load():
+        async with metering(file_store, patience=0.2) as meter:
+            meter.check()
+            assert not await meter.record(row())
+            assert refused(503, meter.check) and "ZeroDivisionError" in meter.error
+
+    asyncio.run(load())
+
+
 def test_a_row_that_the_database_refuses_holds_up_nobody(store, caplog):
     bad = row(request_id="half a surrogate \ud800")
     nul = row(request_id="nul \0")  # PostgreSQL's text cannot hold it, SQLite's can

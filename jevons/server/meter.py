@@ -55,7 +55,7 @@ class Meter:
         self._waiting: deque[tuple[UsageRow, Future[None]]] = deque()
         self._changed = threading.Condition()
         self._deadline: float | None = None  # of time.monotonic; set when closing
-        self._thread = threading.Thread(target=self._run, name="meter", daemon=True)
+        self._thread = threading.Thread(target=self._live, name="meter", daemon=True)
         self._thread.start()
 
     @property
@@ -65,7 +65,7 @@ class Meter:
 
     def check(self) -> None:
         """Raises APIError 503 where a new request's row might not find room."""
-        if self.pending >= self.capacity:
+        if self.pending >= self.capacity or not self._thread.is_alive():
             raise APIError(503, "usage cannot be recorded at the moment", code="meter_unavailable", retry_after=LONGEST_PAUSE)
 
     def priced(self, row: UsageRow) -> UsageRow:
@@ -122,6 +122,13 @@ class Meter:
             left = [row for row, _ in self._waiting]
         for row in left:
             LOG.error("usage not recorded: %s", _json(row))
+
+    def _live(self) -> None:
+        try:
+            self._run()
+        except BaseException as error:
+            self.error = f"the meter has stopped: {error!r}"  # our own mistake, then: no more requests are taken
+            raise
 
     def _run(self) -> None:
         pause = FIRST_PAUSE
