@@ -16,6 +16,7 @@ import re
 import secrets
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
@@ -43,7 +44,7 @@ TYPE_NAMES = {"str", "int", "float", "bool", "dict", "list", "none"}  # pydantic
 
 
 def build(service: Service, keys: Keys | None, *, page: bool = True, cors: Sequence[str] = (), drain: float = 30.0) -> FastAPI:
-    """The application. Without `keys` nobody needs one. Pages of the origins in `cors` may call. The end waits `drain` seconds for replies."""
+    """The application. Without `keys` nobody needs one. Pages of the origins in `cors` may call. Its end waits `drain` seconds for replies."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -91,7 +92,7 @@ def build(service: Service, keys: Keys | None, *, page: bool = True, cors: Seque
     if page:
         app.include_router(page_module.router())
     keyed = keys is not None and keys.any()
-    app.openapi = lambda: describe(app, keyed=keyed)  # type: ignore[method-assign]
+    app.openapi = cache(lambda: describe(app, keyed=keyed))  # type: ignore[method-assign]
     return app
 
 

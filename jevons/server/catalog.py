@@ -218,7 +218,7 @@ def _state(api: APIRouter, service: Service, identify: Admit, balance: Callable[
     async def user_balance(ticket: Annotated[Ticket, Depends(identify)]) -> Response:
         held = balance(ticket)
         remaining = None if held is None else held.remaining
-        total = "unlimited" if remaining is None else f"{remaining:.6f}"
+        total = "Infinity" if remaining is None else f"{remaining:.6f}"  # clients make a number of it
         info = {"currency": "USD", "total_balance": total, "granted_balance": total, "topped_up_balance": "0.000000"}
         spent = 0.0 if held is None else held.spent
         return JSONResponse({"is_available": remaining is None or remaining > 0, "balance_infos": [info], "jevons": {"spent": spent}})
