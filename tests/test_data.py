@@ -3,6 +3,10 @@
 import gzip
 import json
 import os
+import re
+import resource
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -116,6 +120,95 @@ def test_sandbox_and_template_errors():
         ChatTemplate("a\n{% for %}")
     extras = "{% for m in messages %}{% generation %}{{ m | tojson }}{% endgeneration %}{% break %}{% endfor %}{{ strftime_now('%%') }}"
     assert ChatTemplate(extras).render([Message("user", "<\u00e9>")] * 2) == '{"role": "user", "content": "<\u00e9>"}%'
+
+
+RANGE = "range(99999)"
+SHORT = "('a' * 10000000)"
+DOUBLING = "{% set ns = namespace(x='ab') %}{% for i in range(60) %}{% set ns.x = BODY %}{% endfor %}{{ ns.x | length }}"
+HOSTILE_TEMPLATES = {
+    "loops": "{% for a in R %}{% for b in R %}{% for c in R %}{% endfor %}{% endfor %}{% endfor %}",
+    "text in loops": "{% for a in R %}{% for b in R %}" + "x" * 5000 + "{% endfor %}{% endfor %}",
+    "a loop's condition": "{% for a in R if 'b' in S %}{% endfor %}",
+    "a recursive loop": "{% for a in [R] recursive %}{% for b in R %}{{ loop(R) }}{% endfor %}{% endfor %}",
+    "macro": "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+    "macros": "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(60) }}",
+    "macros that keep": "{% macro m(n) %}{% set x = 'a' * 9999999 %}{{ m(n + 1) }}{{ x | length }}{% endmacro %}{{ m(0) }}",
+    "block": "{% block a %}{{ self.a() }}{{ self.a() }}{% endblock %}",
+    "repetition": "{{ 'a' * 10**9 }}",
+    "repetition of a list": "{{ ([0] * 10**9) | length }}",
+    "constant": "{{ 'a' | center(10**9) }}{% set x = 'a' * 10**9 %}",
+    "range": "{{ range(10**9) | list }}",
+    "power": "{{ 9 ** 999999999 }}",
+    "squares": DOUBLING.replace("'ab'", "3").replace("BODY", "ns.x * ns.x"),
+    "sum": DOUBLING.replace("BODY", "ns.x + ns.x"),
+    "concatenation": DOUBLING.replace("BODY", "ns.x ~ ns.x"),
+    "joined": DOUBLING.replace("BODY", "[ns.x, ns.x] | join"),
+    "replaced": DOUBLING.replace("BODY", "ns.x.replace('a', ns.x)"),
+    "set block": "{% set ns = namespace(x='ab') %}{% for i in range(60) %}{% set x %}{{ ns.x }}{{ ns.x }}{% endset %}"
+    "{% set ns.x = x %}{% endfor %}",
+    "nested lists": DOUBLING.replace("BODY", "[ns.x, ns.x]").replace("length", "string"),
+    "nested tuples": DOUBLING.replace("BODY", "(ns.x, ns.x)").replace("ns.x | length", "ns.x in [ns.x, (ns.x, ns.x)]"),
+    "nested dicts": DOUBLING.replace("BODY", "dict(a=ns.x, b=ns.x)").replace("length", "tojson"),
+    "list of one": "{% set ns = namespace(l=[]) %}{% for i in R %}{% set ns.l = ns.l + [S] %}{% endfor %}{{ ns.l | string | length }}",
+    "padding": "{{ 'a'.ljust(10**9) }}",
+    "padding many": "{% for i in R %}{{ 'a'.center(99999) }}{% endfor %}",
+    "zeros": "{{ '1'.zfill(10**9) }}",
+    "indent": "{{ ('\\n' * 1000000) | indent(99999) }}",
+    "batch": "{{ [1] | batch(10**9, 0) | list }}",
+    "slice": "{{ [1] | slice(10**9) | list }}",
+    "json": "{{ messages | tojson(indent=10**8) }}",
+    "join": "{{ R | map('string') | join(S) }}",
+    "join method": "{{ S.join(R | map('string')) }}",
+    "percent": "{{ '%999999999d' % 1 }}",
+    "percent star": "{{ '%*d' % (10**9, 1) }}",
+    "percent many": "{{ ('%s' * 1000000) % ((S,) * 1000000) }}",
+    "format": "{{ '{:999999999}'.format(1) }}",
+    "format width": "{{ '{:{}}'.format(1, 10**9) }}",
+    "format filter": "{{ '%999999999d' | format(1) }}",
+    "bytes": "{{ (1).to_bytes(10**9, 'big') | length }}",
+    "lipsum": "{{ lipsum(10**6) }}",
+    "slices kept": "{% set l = namespace(x=[]) %}{% for i in R %}{% set l.x = l.x + [S[1:]] %}{% endfor %}",
+    "lazy search": "{{ R | map('string') | select('in', S) | list }}",
+    "sum of lists": "{{ R | map('list') | sum(start=[]) }}{{ ([[1] * 4000] * 4000) | sum(start=[]) }}",
+    "parentheses": "{{ " + "(" * 9999 + "1" + ")" * 9999 + " }}",
+    "attributes": "{{ a" + ".b" * 9999 + " }}",
+    "length": "a" * 10_000_000,
+    "digits": "{{ " + "9" * 9999 + " }}",
+    "division": "{{ 1 / 0 }}",
+    "import": "{% import 'x' as y %}",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE_TEMPLATES)
+def test_hostile_templates_end_soon(name):
+    source = HOSTILE_TEMPLATES[name].replace("R ", RANGE + " ").replace("R]", RANGE + "]").replace("R)", RANGE + ")")
+    source = re.sub(r"\bS\b", SHORT, source)
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.thread_time()
+    with pytest.raises(ValueError, match="chat template"):
+        ChatTemplate(source).render([Message("user", "x" * 1000)] * 10)
+    assert time.thread_time() - start < 2
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400_000  # KiB
+
+
+def test_bounds_leave_ordinary_templates_alone():
+    ordinary = {
+        "{{ '%s is %05.1f' % ('x', 1.5) }} {{ '{:>4}{{}}'.format(7) }} {{ '%d' | format(1700000000) }}": "x is 001.5    7{} 1700000000",
+        DOUBLING.replace("BODY", "namespace(a=ns.x, b=ns.x)").replace("ns.x | length", "ns.x"): "<Namespace>",
+        "{% for a, b in {'k': (1, 2)}.items() %}{{ a }}{{ b }}{% endfor %}": "k(1, 2)",
+        "{{ messages[1:] | map(attribute='role') | join(', ') }} {{ 'a-b'.replace('-', '+').split('+') }}": "user ['a', 'b']",
+        "{{ [3, 1] | sort | tojson(indent=2) }}{{ 'x' in 'xyz' and 1 < 2 <= 2 }}{{ (1, 2) == (1, 2) }}": "[\n  1,\n  3\n]TrueTrue",
+        "{% macro m(x) %}<{{ x ~ 1 }}>{% endmacro %}{{ m('a') }}{% set y %}{{ m(2) }}{% endset %}{{ y * 2 }}": "<a1><21><21>",
+        "{{ -7 // 2 }} {{ 2 ** 10 }} {{ missing }}{{ missing | default(5000000) }} {{ messages | length }}": "-4 1024 5000000 2",
+    }
+    for source, expected in ordinary.items():
+        assert ChatTemplate(source).render([Message("user", "x")] * 2) == expected
+    many = [Message("user", "word " * 500)] * 1000  # 2.5 million characters
+    joined = "{% set ns = namespace(t='') %}{% for m in messages[:200] %}{% set ns.t = ns.t + m.content %}{% endfor %}{{ ns.t | length }}"
+    assert ChatTemplate(joined).render(many) == str(200 * 2500)
+    assert len(ChatTemplate(DEFAULT_TEMPLATE).render(many)) > 2_500_000
+    with ThreadPoolExecutor(2) as pool:  # each rendering has its own budget
+        template = ChatTemplate("{% for a in range(1000) %}{{ 'a' * 10000 }}{% endfor %}")
+        assert {len(text) for text in pool.map(lambda _: template.render([]), range(30))} == {10_000_000}
 
 
 def test_replies_split_and_render_back():

@@ -1,13 +1,13 @@
 """Messages into text and tokens, and a model's reply back into a message.
 
-A Hugging Face chat template is a program that strangers wrote, so it runs in jinja2's immutable sandbox with the same few extras that
-transformers gives it. Training needs more than the text: which tokens are the assistant's. Rendering turn by turn and adding up lengths
-fails on templates that drop old reasoning (R1, QwQ, Qwen3), and tokenising turn by turn yields other tokens than the sampler saw. So the
-conversation is rendered whole, once, and every message is located by rendering again with that message's text replaced: what the two have
-in common before and after is not its text. The whole text is tokenised once and the mask read off the tokens' offsets.
+A Hugging Face chat template is a program that strangers wrote, so it runs in jinja2's immutable sandbox, its time and memory bounded
+(data/sandbox.py), with the same few extras that transformers gives it. Training needs more than the text: which tokens are the assistant's.
+Rendering turn by turn and adding up lengths fails on templates that drop old reasoning (R1, QwQ, Qwen3), and tokenising turn by turn yields
+other tokens than the sampler saw. So the conversation is rendered whole, once, and every message is located by rendering again with that
+message's text replaced: what the two have in common before and after is not its text. The whole text is tokenised once and the mask read
+off the tokens' offsets.
 
-Not done: bounds on a template's time or memory (the sandbox stops attribute attacks, not endless loops), and parsing tool calls out of
-replies.
+Not done: parsing tool calls out of replies (server/tool.py does).
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from jinja2 import TemplateError, TemplateSyntaxError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.nodes import Node
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from jevons.data.sandbox import MAX_SOURCE, BoundedEnvironment
 
 if TYPE_CHECKING:
     from jevons.data.tokenizer import Tokenizer
@@ -119,13 +120,18 @@ class ChatTemplate:
     def __init__(self, source: str, *, bos_token: str = "", eos_token: str = "", pad_token: str = "") -> None:
         self.source = source
         self._tokens = {"bos_token": bos_token, "eos_token": eos_token, "pad_token": pad_token}
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
-        environment.filters["tojson"] = _tojson
+        if len(source) > MAX_SOURCE:
+            raise ValueError(f"chat template: must be at most {MAX_SOURCE} characters, is {len(source)}")
+        environment = BoundedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
+        environment.add_filter("tojson", _tojson)
         environment.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
         try:
             self._template = environment.from_string(source)
         except TemplateSyntaxError as error:
             raise ValueError(f"chat template, line {error.lineno}: {error.message}") from error
+        except (RecursionError, MemoryError, SyntaxError, ValueError) as error:  # of the Python that jinja makes of it
+            raise ValueError(f"chat template: cannot be compiled: {error}") from error
+        self._environment = environment
 
     def render(
         self,
@@ -137,9 +143,10 @@ class ChatTemplate:
     ) -> str:
         """The conversation as text. `variables` (such as enable_thinking) reach the template as they are."""
         context = self._tokens | {"messages": [m.to_dict() for m in messages], "tools": list(tools) if tools else None, "documents": None}
+        self._environment.begin()
         try:
             return self._template.render(context | {"add_generation_prompt": add_generation_prompt} | variables)
-        except (TemplateError, TypeError) as error:  # TypeError: the template added a string to something that is none
+        except Exception as error:  # a template is a stranger's program: it may divide by zero or recurse as well as refuse its messages
             raise ValueError(f"chat template: {error}") from error
 
     def encode(
