@@ -97,7 +97,7 @@ def documents(engine, tokenizer):
 def score(model, context, whole):
     """The log-probability of what follows the context, by one plain forward."""
     tokens = torch.tensor(whole)
-    logps = model.logits(model(tokens, torch.arange(len(whole)), Packed(torch.tensor([0, len(whole)]))).hidden).log_softmax(-1)
+    logps = model.logits(model(tokens, torch.arange(len(whole)), Packed(torch.tensor([0, len(whole)]))).hidden_TD).log_softmax(-1)
     return sum(logps[i - 1, whole[i]].item() for i in range(len(context), len(whole)))
 
 
