@@ -55,7 +55,8 @@ class ScriptedEngine:
         if isinstance(reply, Exception):
             raise reply
         tokens = [*self.tokenizer.encode(reply), self.tokenizer.eos_id]
-        self.requests.append(SimpleNamespace(prompt=prompt, text=self.tokenizer.decode(prompt), params=params, tenant=tenant, grammar=grammar))
+        text = self.tokenizer.decode(prompt)
+        self.requests.append(SimpleNamespace(prompt=prompt, text=text, params=params, tenant=tenant, grammar=grammar))
         id = len(self.requests)
         self.running[id] = (tokens, [], params, list(prompt))
         return id
@@ -71,7 +72,9 @@ class ScriptedEngine:
             sample = None
             if reason:
                 del self.running[id]
-                scores = [(-1.5, [(0, -0.5), (1, -1.0)][: params.prompt_logprobs])] * (len(prompt) - 1) if params.prompt_logprobs is not None else None
+                scores = None
+                if params.prompt_logprobs is not None:
+                    scores = [(-1.5, [(0, -0.5), (1, -1.0)][: params.prompt_logprobs])] * (len(prompt) - 1)
                 sample = Sample(said, [0.0] * len(said), [-0.25] * len(said), reason, 0, prompt_logprobs=scores)
             events.append(Event(id, token, -0.125, -0.25, others, 0, self.step_time, sample))
         self.drawn += len(events)

@@ -1,4 +1,4 @@
-"""The application over HTTP: what clients read field by field, what is refused and how, and that a reply in chunks says what a whole one says.
+"""The application over HTTP: what clients read field by field, what is refused and how, and that chunks say what a whole reply says.
 
 Two engines stand behind it: the real one over a tiny random model where numbers count, and a scripted one where the model must think or
 call tools. Every reply's status is checked against the OpenAPI document on the way.
@@ -68,6 +68,18 @@ def tokenizer():
 @pytest.fixture
 def scripted(tokenizer, tmp_path):
     """`scripted(*replies, ...)`: a client and the engine behind it."""
+    yield from starter(tokenizer, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def refusing(tokenizer, tmp_path_factory):
+    """One scripted client for many requests that never reach the engine."""
+    clients = starter(tokenizer, tmp_path_factory.mktemp("refusing"))
+    yield next(clients)("x")
+    next(clients, None)
+
+
+def starter(tokenizer, tmp_path):
     clients = []
 
     def start(*replies, limits=None, keyed=False, tokenizer=tokenizer, **options):
@@ -314,7 +326,10 @@ def test_infilling(scripted):
 def test_thinking_is_made_true(scripted, fields, end):
     client = scripted("Yes.")
     message = ok(chat(client, **fields))["choices"][0]["message"]
-    assert client.engine.requests[0].text.endswith(end)
+    (request,) = client.engine.requests
+    assert request.text.endswith(end)
+    off = bool(fields) and not end.endswith("<think>")
+    assert request.params.logit_bias == (((client.service.tokenizer.raw.token_to_id("<think>"), -100.0),) if off else ())
     assert ("reasoning_content" in message) == end.endswith("<think>")
 
 
@@ -348,13 +363,15 @@ def test_prefix_completion(scripted):
 
 def test_formats_and_forced_calls_hold_for_a_random_model(real):
     schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}
-    reply = ok(chat(real, response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}, max_tokens=400, seed=1))
+    off = {"thinking": {"type": "disabled"}, "seed": 1}
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    reply = ok(chat(real, response_format=form, max_tokens=400, **off))
     assert json.loads(reply["choices"][0]["message"]["content"])["a"] in (1, 2)
-    reply = ok(chat(real, structured_outputs={"choice": ["red", "blue"]}, max_tokens=20, seed=2))
+    reply = ok(chat(real, structured_outputs={"choice": ["red", "blue"]}, max_tokens=20, **off))
     assert reply["choices"][0]["message"]["content"] in ("red", "blue")
     named = {"type": "function", "function": {"name": "add"}}
     for choice in ("required", named):
-        (answer,) = ok(chat(real, tools=[TOOL], tool_choice=choice, parallel_tool_calls=False, max_tokens=120, seed=3))["choices"]
+        (answer,) = ok(chat(real, tools=[TOOL], tool_choice=choice, parallel_tool_calls=False, max_tokens=400, **off))["choices"]
         assert answer["finish_reason"] == "tool_calls" and answer["message"]["content"] is None
         (call,) = answer["message"]["tool_calls"]
         assert call["type"] == "function" and json.loads(call["function"]["arguments"])["a"] in (1, 2)
@@ -371,7 +388,8 @@ def test_sampling_fields_reach_the_engine(scripted):
     client = scripted("Yes.")
     fields = {"temperature": 0.5, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "repetition_penalty": 1.1, "presence_penalty": 0.2}
     fields |= {"frequency_penalty": -0.3, "seed": 7, "min_tokens": 2}
-    more = {"logit_bias": {"5": -100}, "stop_token_ids": [9], "max_tokens": 99, "max_completion_tokens": 3, "top_logprobs": 4, "logprobs": True}
+    more = {"logit_bias": {"5": -100}, "stop_token_ids": [9], "max_tokens": 99, "max_completion_tokens": 3}
+    more |= {"top_logprobs": 4, "logprobs": True}
     ok(chat(client, **fields, **more, user="someone"))
     request = client.engine.requests[0]
     assert {name: getattr(request.params, name) for name in fields} == fields
@@ -439,8 +457,8 @@ def nested(depth):
         ({"stream_options": {"include_everything": True}}, "stream_options.include_everything"),
     ],
 )
-def test_bad_chats_are_refused_by_name(scripted, fields, param):
-    client = scripted("x")
+def test_bad_chats_are_refused_by_name(refusing, fields, param):
+    client = refusing
     body = json.dumps({"model": "tiny", "messages": [USER], **fields})
     response = client.post(CHAT, content=body, headers={"content-type": "application/json"})
     error = response.json()["error"]
@@ -469,8 +487,8 @@ def test_bad_chats_are_refused_by_name(scripted, fields, param):
         ({"messages": [USER]}, "messages"),
     ],
 )
-def test_bad_completions_are_refused_by_name(real, scripted, fields, param):
-    for client in (scripted("x"), real):
+def test_bad_completions_are_refused_by_name(real, refusing, fields, param):
+    for client in (refusing, real):
         if fields.get("prompt") == [10**9] and client is not real:
             continue  # the vocabulary is the engine's to know
         response = client.post(COMPLETIONS, json={"model": "tiny", "prompt": "Hi", **fields})
@@ -502,7 +520,7 @@ def test_other_refusals_have_the_same_form(scripted):
 def test_ignored_fields_are_documented_and_taken(scripted, cls):
     client, path = scripted("x"), CHAT if cls is ChatBody else COMPLETIONS
     needed = {"messages": [USER]} if cls is ChatBody else {"prompt": "Hi"}
-    ok(client.post(path, json={"model": "tiny", **needed, **dict.fromkeys(cls.ignored, {"anything": [1]})}))
+    ok(client.post(path, json={"model": "tiny", **needed, **{name: {"anything": [1]} for name in cls.ignored}}))
     schema = client.app.openapi()["components"]["schemas"][cls.__name__]
     assert cls.ignored.keys() <= schema["properties"].keys() and schema["additionalProperties"] is False
     assert not cls.ignored.keys() & cls.model_fields.keys()
@@ -600,9 +618,10 @@ def test_a_client_that_goes_away_frees_the_engine(tokenizer, tmp_path, streamed)
     engine = ScriptedEngine(tokenizer, "The quick brown fox. " * 100, step_time=0.01)
     service, _ = make_service(engine, tokenizer, tmp_path / "ledger.db")
     with served(service) as url:
-        with pytest.raises(httpx.ReadTimeout), httpx.stream(
-            "POST", url + CHAT, json={"model": "tiny", "messages": [USER], "stream": streamed}, timeout=0.3
-        ) as response:
+        with (
+            pytest.raises(httpx.ReadTimeout),
+            httpx.stream("POST", url + CHAT, json={"model": "tiny", "messages": [USER], "stream": streamed}, timeout=0.3) as response,
+        ):
             for _ in response.iter_lines():
                 time.sleep(0.2)
                 raise httpx.ReadTimeout("enough")
@@ -687,7 +706,7 @@ def test_models_are_listed(real):
 
 def test_metrics_and_state_count(scripted):
     client = scripted("Yes.")
-    usage = [ok(chat(client))["usage"] for _ in range(3)][0]
+    usage, *_ = [ok(chat(client))["usage"] for _ in range(3)]
     lines = dict(line.rsplit(" ", 1) for line in client.get("/metrics").text.splitlines() if not line.startswith("#"))
     assert float(lines['vllm:prompt_tokens_total{model_name="tiny"}']) == 3 * usage["prompt_tokens"]
     assert float(lines['vllm:generation_tokens_total{model_name="tiny"}']) == 3 * usage["completion_tokens"]
@@ -696,7 +715,8 @@ def test_metrics_and_state_count(scripted):
     for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "prefix_cache_hits_total", "num_preemptions_total"):
         assert float(lines[f'vllm:{name}{{model_name="tiny"}}']) == 0
     state = ok(client.get("/state"))
-    assert state["requests_today"] == 3 and state["model"] == "tiny" and set(state["cache"]) == {"total_blocks", "used_blocks", "cached_blocks"}
+    assert state["requests_today"] == 3 and state["model"] == "tiny"
+    assert set(state["cache"]) == {"total_blocks", "used_blocks", "cached_blocks"}
 
 
 def test_many_at_once_get_their_own_answers(scripted):

@@ -44,7 +44,7 @@ TYPE_NAMES = {"str", "int", "float", "bool", "dict", "list", "none"}  # pydantic
 
 
 def build(service: Service, keys: Keys | None, *, page: bool = True, cors: Sequence[str] = (), drain: float = 30.0) -> FastAPI:
-    """The application. Without `keys` nobody needs one. Pages of the origins in `cors` may call. Its end waits `drain` seconds for replies."""
+    """The application. Without `keys` nobody needs one. Pages of origins in `cors` may call. Its end waits `drain` seconds for replies."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -108,6 +108,7 @@ def _secret(request: Request) -> str | None:
 
 
 # --- errors
+
 
 def error_response(path: str, request_id: str, error: APIError, headers: dict[str, str] | None = None) -> JSONResponse:
     """An error in the form that the endpoint's clients read."""

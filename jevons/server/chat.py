@@ -179,7 +179,6 @@ def router(service: Service, admit: Callable[..., Any]) -> APIRouter:
         drawing = body.drawing(service) | {"logprobs": top}
         if body.max_completion_tokens is not None:
             drawing["max_tokens"] = body.max_completion_tokens
-        drawing["max_tokens"] = drawing["max_tokens"] or service.limits.default_max_tokens
         job = await to_job(
             service, body.conversation(service, alias), drawing, n=body.n or 1, stop=body.stops(service.limits), tenant=ticket.tenant
         )

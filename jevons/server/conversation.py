@@ -32,6 +32,7 @@ ToolChoice = Literal["none", "auto", "required"]
 # DeepSeek's three levels, under the names that others use for them; "none" is OpenAI's for not thinking at all.
 EFFORTS = {"none": "none", "minimal": "low", "low": "low", "medium": "high", "high": "high", "xhigh": "high", "max": "max", "ultra": "max"}
 LOW_EFFORT_TOKENS = 1024  # the thinking budget of effort low; high and max leave the length to the model
+BAN = -100.0  # added to a logit
 LONG_TEXT = 1 << 14  # characters from which on rendering would hold up the event loop
 RESERVED = ("messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token", "pad_token")
 
@@ -77,6 +78,9 @@ async def to_job(
         message = f"messages: {len(prompt):,} tokens with the chat template, but at most {longest:,} fit; shorten the conversation"
         raise APIError(400, message, param="messages", code="context_length_exceeded")
     fields = {name: value for name, value in params.items() if value is not None}
+    may_think = _wants_thinking(conversation) is not False
+    if not may_think and (tag := service.tokenizer.raw.token_to_id(THINK)) is not None:  # a prompt without the tag does not keep it out
+        fields["logit_bias"] = (*fields.get("logit_bias", ()), (tag, BAN))
     room = service.engine_loop.max_length - len(prompt)
     most = min(fields.get("max_tokens", limits.default_max_tokens or room), room)
     try:
@@ -91,7 +95,7 @@ async def to_job(
         params=drawing,
         n=n,
         stop=tuple(stop),
-        reply=Reply(thinking=thinking, tools=tool_format, schemas=schemas if tool_format else {}),
+        reply=Reply(thinking=thinking, may_think=may_think, tools=tool_format, schemas=schemas if tool_format else {}),
         grammar=_grammar(service.tokenizer, conversation, tool_format),
         tenant=tenant,
     )

@@ -24,6 +24,7 @@ class Reply:
 
     plain: bool = False  # text only: no thinking, no tool calls (the completions endpoints)
     thinking: bool = False  # the prompt ended inside an opened <think>
+    may_think: bool = True  # else the answer may not open <think> by itself
     tools: ToolFormat | None = None
     schemas: Mapping[str, Any] = field(default_factory=dict)  # a tool's name: its parameters' JSON schema, which types qwen3_coder's values
 

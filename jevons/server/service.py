@@ -150,7 +150,7 @@ class Service:
         if job.grammar is None:
             return None
         try:
-            return await asyncio.to_thread(self.grammars.compile, job.grammar, job.reply)
+            return await asyncio.to_thread(self.grammars.compile, job.grammar, job.reply, may_think=job.reply.may_think)
         except ValueError as error:
             raise APIError(400, f"response_format: {error}", param="response_format") from error
 
