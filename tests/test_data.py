@@ -122,14 +122,13 @@ def test_sandbox_and_template_errors():
     assert ChatTemplate(extras).render([Message("user", "<\u00e9>")] * 2) == '{"role": "user", "content": "<\u00e9>"}%'
 
 
-RANGE = "range(99999)"
-SHORT = "('a' * 10000000)"
+LARGE = "{% set R = range(99999) %}{% set S = 'a' * 10000000 %}"
 DOUBLING = "{% set ns = namespace(x='ab') %}{% for i in range(60) %}{% set ns.x = BODY %}{% endfor %}{{ ns.x | length }}"
 HOSTILE_TEMPLATES = {
     "loops": "{% for a in R %}{% for b in R %}{% for c in R %}{% endfor %}{% endfor %}{% endfor %}",
     "text in loops": "{% for a in R %}{% for b in R %}" + "x" * 5000 + "{% endfor %}{% endfor %}",
     "a loop's condition": "{% for a in R if 'b' in S %}{% endfor %}",
-    "a recursive loop": "{% for a in [R] recursive %}{% for b in R %}{{ loop(R) }}{% endfor %}{% endfor %}",
+    "a recursive loop": "{% for a in R recursive %}{% if loop.depth < 5 %}{{ loop(R) }}{% endif %}{% endfor %}",
     "macro": "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
     "macros": "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(60) }}",
     "macros that keep": "{% macro m(n) %}{% set x = 'a' * 9999999 %}{{ m(n + 1) }}{{ x | length }}{% endmacro %}{{ m(0) }}",
@@ -169,7 +168,7 @@ HOSTILE_TEMPLATES = {
     "lipsum": "{{ lipsum(10**6) }}",
     "slices kept": "{% set l = namespace(x=[]) %}{% for i in R %}{% set l.x = l.x + [S[1:]] %}{% endfor %}",
     "lazy search": "{{ R | map('string') | select('in', S) | list }}",
-    "sum of lists": "{{ R | map('list') | sum(start=[]) }}{{ ([[1] * 4000] * 4000) | sum(start=[]) }}",
+    "sum of lists": "{{ ([[1] * 4000] * 4000) | sum(start=[]) | length }}",
     "parentheses": "{{ " + "(" * 9999 + "1" + ")" * 9999 + " }}",
     "attributes": "{{ a" + ".b" * 9999 + " }}",
     "length": "a" * 10_000_000,
@@ -181,8 +180,7 @@ HOSTILE_TEMPLATES = {
 
 @pytest.mark.parametrize("name", HOSTILE_TEMPLATES)
 def test_hostile_templates_end_soon(name):
-    source = HOSTILE_TEMPLATES[name].replace("R ", RANGE + " ").replace("R]", RANGE + "]").replace("R)", RANGE + ")")
-    source = re.sub(r"\bS\b", SHORT, source)
+    source = LARGE + HOSTILE_TEMPLATES[name]
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.thread_time()
     with pytest.raises(ValueError, match="chat template"):
         ChatTemplate(source).render([Message("user", "x" * 1000)] * 10)

@@ -87,7 +87,9 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         spent.ticks += 1
         if spent.ticks % 16 == 0 and time.thread_time() > spent.until:
             raise LimitError(f"took more than {MAX_SECONDS} s")
-        self._spend(text)
+        spent.total += max(text, 0)
+        if text > MAX_VALUE or spent.total > MAX_TOTAL:
+            raise LimitError(f"made too much text (at most {MAX_VALUE} characters at once and {MAX_TOTAL} in all)")
 
     def charge(self, value: Any) -> Any:
         """A value that was just made."""
@@ -110,19 +112,20 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         return "".join(map(str, values))
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        if operator == "+" and isinstance(left, str) and isinstance(right, str):
-            self.check(len(left) + len(right))
+        if operator == "+":  # of strings, in most templates: no more work than must be
+            self.check(_length(left) + _length(right))
             return left + right
         if isinstance(left, int) and isinstance(right, int):
             if operator in ("*", "**") and left.bit_length() * (right if operator == "**" else 1) + right.bit_length() > MAX_BITS:
                 raise LimitError("made a number that is too large")
-        elif operator == "*":
-            times = right if isinstance(right, int) else left if isinstance(left, int) else 0
-            self._spend(max(times, 0) * max(_length(left), _length(right)))
+        elif operator == "*" and isinstance(left, int):
+            self.check(left * _length(right))
+            return left * right
+        elif operator == "*" and isinstance(right, int):
+            self.check(right * _length(left))
+            return left * right
         elif operator == "%" and isinstance(left, (str, bytes)):
             _refuse_growth("%", left, (right,))
-        elif operator == "+":
-            self._spend(_length(left) + _length(right))
         return self.charge(super().call_binop(context, operator, left, right))
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
@@ -161,11 +164,6 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             return self.charge(function(*args, **kwargs))
 
         return bounded
-
-    def _spend(self, amount: int) -> None:
-        self._spent.total += amount
-        if amount > MAX_VALUE or self._spent.total > MAX_TOTAL:
-            raise LimitError(f"made too much text (at most {MAX_VALUE} characters at once and {MAX_TOTAL} in all)")
 
 
 class _CountingGenerator(CodeGenerator):
