@@ -10,9 +10,11 @@ import asyncio
 import base64
 import json
 import math
+import re
 import struct
 import threading
 import time
+from pathlib import Path
 
 import httpx
 import pytest
@@ -25,11 +27,14 @@ from jevons.engine.engine import Engine
 from jevons.model.attend import Packed
 from jevons.model.config import ModelConfig
 from jevons.model.transformer import Transformer
+from jevons.server.anthropic import MessageRequest
 from jevons.server.app import Gate, build, check_json
+from jevons.server.catalog import DetokenizeBody, EmbeddingBody, TokenizeBody
 from jevons.server.chat import ChatBody, ChatMessage
 from jevons.server.completion import CompletionBody
 from jevons.server.error import APIError
 from jevons.server.limit import Limits
+from jevons.server.response import ResponseRequest
 from jevons.server.vocabulary import Vocabulary
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -643,7 +648,7 @@ def test_a_full_queue_is_a_503(scripted, tokenizer):
 
 @pytest.mark.parametrize("path, body", [(CHAT, {"messages": [USER]}), (COMPLETIONS, {"prompt": "Hi"})])
 def test_an_error_in_mid_stream_is_an_event(scripted, path, body):
-    client = scripted("Hello there.")
+    client = scripted("Hello there.", step_time=0.05)
     step, count = client.engine.step, iter(range(100))
 
     def broken():
@@ -729,3 +734,16 @@ def test_many_at_once_get_their_own_answers(scripted):
     for thread in threads:
         thread.join(20)
     assert sorted(got) == sorted(replies)
+
+
+def test_the_documentation_names_every_field_limit_and_endpoint(refusing):
+    text = (Path(__file__).parents[1] / "docs" / "API.md").read_text("utf-8")
+    named = set(re.findall(r"`([^`\s]+)`", text))
+    bodies = [ChatBody, ChatMessage, CompletionBody, EmbeddingBody, TokenizeBody, DetokenizeBody, MessageRequest, ResponseRequest]
+    fields = {name for body in bodies for name in (*body.model_fields, *body.ignored)} - {"model", "input"}
+    assert fields <= named | {part for name in named for part in name.split(".")}, fields - named
+    for name, value in vars(Limits()).items():
+        row = next(line for line in text.splitlines() if line.startswith(f"| `{name}`"))
+        assert "none" in row if value is None else re.search(rf"(?<![\d,]){value:,.0f}(?![\d,])", row), (name, value, row)
+    missing = [path for path in refusing.app.openapi()["paths"] if path.replace("{name}", "NAME") not in text]
+    assert not missing

@@ -1,6 +1,6 @@
 """Fields that several endpoints read: a strict base for request bodies, what the sampler is asked for, names of models, usage in a reply.
 
-A field is honoured, or stands in its body's `ignored` with the reason, or is refused by name. The table of docs/API.md is made from
+A field is honoured, or stands in its body's `ignored` with the reason, or is refused by name. A test compares docs/API.md with
 these classes, so it cannot tell another story.
 """
 

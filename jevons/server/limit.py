@@ -30,7 +30,6 @@ class Limits:
     max_queue: int = 256  # requests that wait beside those that run
     default_max_tokens: int | None = None  # of chat; None: up to the end of the context
     keep_alive: float = 15.0  # seconds without news until a stream gets a comment
-    retry_after: float = 1.0
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
