@@ -3,7 +3,6 @@
 import gzip
 import json
 import os
-import re
 import resource
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -288,6 +287,11 @@ def test_stream_holds_back_parts_of_characters(tokenizer):
     stream = TextStream(tokenizer)
     ids = tokenizer.encode("\U0001f9ea")
     assert len(ids) > 1 and [stream.push(i) for i in ids] == [""] * (len(ids) - 1) + ["\U0001f9ea"]
+    # bytes that never become a character are let go, or every step would decode all of them again
+    stream = TextStream(tokenizer)
+    pieces = [stream.push(ids[0]) for _ in range(1000)]
+    assert "".join(pieces) + stream.flush() == tokenizer.decode([ids[0]] * 1000)
+    assert max(map(len, pieces)) <= TextStream.LONGEST and len(stream._ids) <= 2 * TextStream.LONGEST
 
 
 def test_tokenizer_folder(tokenizer, folder, tmp_path):

@@ -141,8 +141,11 @@ class TextStream:
     """Detokenises id by id: what `push` and `flush` return, joined, is `decode` of all ids.
 
     Text is held back while it ends in a part of a character. Each step decodes only the ids since the last but one cut, since some decoders
-    treat the first token apart.
+    treat the first token apart. After LONGEST tokens that end so it is let go: it is no text, and to decode ever more of it at every step
+    would let one request of such tokens keep a server busy.
     """
+
+    LONGEST = 32
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = True) -> None:
         self._tokenizer, self._skip_special = tokenizer, skip_special
@@ -152,7 +155,7 @@ class TextStream:
     def push(self, id: int) -> str:
         self._ids.append(id)
         text = self._pending()
-        if not text or text.endswith("\ufffd"):
+        if not text or (text.endswith("\ufffd") and len(self._ids) - self._read < self.LONGEST):
             return ""
         self._ids, self._read = self._ids[self._read :], len(self._ids) - self._read
         return text
