@@ -76,7 +76,7 @@ void scores(const char* const* key, int tokens, long bytes, const uint32_t* quer
         __m512i rows[16];
         long left = bytes - u * 4;
         __mmask64 mask = left >= 64 ? ~0ull : (1ull << left) - 1;
-        for (int t = 0; t < 16; t++) rows[t] = _mm512_maskz_loadu_epi8(t < tokens ? mask : 0, key[t] + u * 4);
+        for (int t = 0; t < 16; t++) rows[t] = _mm512_maskz_loadu_epi8(mask, key[t < tokens ? t : 0] + u * 4);
         transpose(rows);
         for (int t = 0; t < 16; t++) turned[u + t] = rows[t];
     }
