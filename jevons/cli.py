@@ -98,6 +98,93 @@ def talk(
 
 
 @app.command()
+def serve(
+    model: Annotated[str, typer.Argument(help="A run's folder, a Hugging Face folder, or a hub name.")],
+    host: Annotated[str, typer.Option(help="Address to listen on. Not only this machine: needs a key, or --insecure.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port; 0 takes a free one and prints it.")] = 8000,
+    name: Annotated[str | None, typer.Option(help="The model's name for clients.", show_default="the folder's")] = None,
+    weights: Annotated[
+        str,
+        typer.Option(
+            help="How weights are kept: bf16, int8 (half the memory), int4 (a third), packed for this processor; or plain, as torch has "
+            "them. auto: bf16 where the native kernels compile, else plain."
+        ),
+    ] = "auto",
+    dtype: Annotated[str, typer.Option(help="What is computed in: bfloat16 or float32 (plain weights only).")] = "bfloat16",
+    cache_gb: Annotated[float, typer.Option("--cache-gb", help="Memory for cached keys and values, GiB.")] = 1.0,
+    max_sequences: Annotated[int, typer.Option(help="Answers under way at once; others wait.")] = 64,
+    max_batch_tokens: Annotated[
+        int, typer.Option(help="Tokens a step: larger reads prompts faster, smaller lets running answers wait less for them.")
+    ] = 512,
+    draft: Annotated[
+        str,
+        typer.Option(
+            help="Guess tokens ahead while few requests run; the text is the same either way. mtp: by the model's own module, "
+            "ngram: by repetition, none. auto: mtp where the model has one, else ngram."
+        ),
+    ] = "auto",
+    draft_tokens: Annotated[int, typer.Option(help="Tokens that ngram guesses at once.")] = 3,
+    ledger: URL = None,
+    root: Root = Path("runs"),
+    prices: Annotated[Path | None, typer.Option(help="A TOML file of prices beside the built-in table; see docs/COST.md.")] = None,
+    price_per_hour: Annotated[float | None, typer.Option(help="Dollars an hour of this device, where no price is set.")] = None,
+    insecure: Annotated[bool, typer.Option("--insecure", help="Listen on any address without keys.")] = False,
+    page: Annotated[bool, typer.Option("--page/--no-page", help="The chat page at /.")] = True,
+    cors: Annotated[list[str] | None, typer.Option(help="An origin whose pages may call, such as https://chat.example.org.")] = None,
+    max_queue: Annotated[int, typer.Option(help="Requests that may wait; beyond, 503 with retry-after.")] = 256,
+    max_prompt_tokens: Annotated[int | None, typer.Option(help="Longest prompt.", show_default="what fits")] = None,
+    max_body_mb: Annotated[float, typer.Option(help="Largest request body, MiB.")] = 4.0,
+    header_timeout: Annotated[float, typer.Option(help="Seconds for a request's headers to arrive.")] = 10.0,
+    drain: Annotated[float, typer.Option(help="Seconds that answers under way get after SIGTERM.")] = 30.0,
+    log_requests: Annotated[bool, typer.Option("--log-requests", help="A line a request: path and status, never prompts or keys.")] = False,
+) -> None:
+    """Serve a model: the APIs of OpenAI, DeepSeek and Anthropic, a chat page, and a meter.
+
+    Every request leaves a row in the ledger: key, tokens, seconds, money (`jevons receipt --keys`). Fields, errors and
+    limits are in docs/API.md.
+
+    jevons serve runs/quickstart
+
+    jevons serve Qwen/Qwen2.5-0.5B-Instruct --weights int8
+
+    curl http://127.0.0.1:8000/v1/chat/completions -H 'content-type: application/json'
+    -d '{"model": "quickstart", "messages": [{"role": "user", "content": "12+34=?"}]}'
+    """
+    from jevons.server.limit import Limits
+    from jevons.stages.serve import Options
+    from jevons.stages.serve import serve as run_server
+
+    limits: dict[str, Any] = {"max_queue": max_queue, "max_body_bytes": round(max_body_mb * 2**20)}
+    if max_prompt_tokens is not None:
+        limits["max_prompt_tokens"] = max_prompt_tokens
+    run_server(
+        Options(
+            model=model,
+            name=name,
+            host=host,
+            port=port,
+            weights=weights,
+            dtype=dtype,
+            cache_gb=cache_gb,
+            max_sequences=max_sequences,
+            max_batch_tokens=max_batch_tokens,
+            draft=draft,
+            draft_tokens=draft_tokens,
+            ledger=ledger or str(root / "ledger.db"),
+            prices=prices,
+            price_per_hour=price_per_hour,
+            insecure=insecure,
+            page=page,
+            cors=tuple(cors or ()),
+            drain=drain,
+            header_timeout=header_timeout,
+            log_requests=log_requests,
+            limits=Limits(**limits),
+        )
+    )
+
+
+@app.command()
 def export(
     model: Annotated[str, typer.Argument(help="A run's folder, a Hugging Face folder, or a hub name.")],
     out: Annotated[Path, typer.Argument(help="The folder to write.")],

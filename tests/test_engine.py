@@ -64,6 +64,7 @@ def packed(model: Transformer, *documents: list[int], routes: dict[int, torch.Te
 
 def pool_of(model: Transformer, num_blocks: int = 40, block_size: int = 4) -> Pool:
     pool = Pool(model.config, dtype=torch.float32, device=torch.device("cpu"), num_blocks=num_blocks, block_size=block_size)
+    pool.native = False  # these tests are of the torch path; tests/test_packed.py has the other
     for layer in pool.layers:
         for memory in layer:
             memory.fill_(math.nan)  # nobody may read what nobody wrote

@@ -12,11 +12,14 @@ from __future__ import annotations
 
 import itertools
 import math
+from functools import cached_property
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from jevons.engine.pool import Memory, Pool
+from jevons.kernels import native
 from jevons.kernels.attention import absorbed_attention, chunk_attention, row_attention
 from jevons.model.attend import Packed, expand_latent
 
@@ -37,14 +40,14 @@ class Paged:
         slots = [table[p // block] * block + p % block for table, row in zip(tables, positions) for p in row]
         self.positions_T = torch.tensor([p for row in positions for p in row], device=pool.device)
         self.slots_T = torch.tensor(slots, device=pool.device)
-        self.parts: list[_Prompts | _Chunk | _Rows] = []
+        self.parts: list[_Prompts | _Chunk | Rows] = []
         start = i = 0
         while i < len(new):
-            end = _part_end(cached, new, i)
+            end = _part_end(cached, new, i, pool.native)
             span = slice(start, start + sum(new[i:end]))
             if _is_rows(cached[i], new[i]):
                 rows = [(table, p + 1) for table, row in zip(tables[i:end], positions[i:end]) for p in row]
-                self.parts.append(_Rows(pool, span, [table for table, _ in rows], [length for _, length in rows]))
+                self.parts.append(Rows(pool, span, [table for table, _ in rows], [length for _, length in rows]))
             elif cached[i] == 0:
                 self.parts.append(_Prompts(pool, span, new[i:end]))
             else:
@@ -58,40 +61,68 @@ class Paged:
         return not rows, not rows and cached > 0, cached
 
     def gqa(self, layer: int, q_TNH: Tensor, k_TMH: Tensor, v_TMH: Tensor, scale: float) -> Tensor:
-        keys, values = memory = self.layers[layer]
+        keys, values = self.layers[layer]
         keys.index_copy_(0, self.slots_T, k_TMH)
         values.index_copy_(0, self.slots_T, v_TMH)
+        return self.gqa_written(layer, q_TNH, k_TMH, v_TMH, scale)
+
+    def gqa_written(self, layer: int, q_TNH: Tensor, k_TMH: Tensor, v_TMH: Tensor, scale: float) -> Tensor:
+        """`gqa` where the new keys and values are in the pool already."""
+        memory = self.layers[layer]
         out = [part.gqa(memory, q_TNH[part.span], k_TMH[part.span], v_TMH[part.span], scale) for part in self.parts]
         return out[0] if len(out) == 1 else torch.cat(out)
 
     def mla(self, layer: int, q_TNH: Tensor, ckv_TC: Tensor, kpe_TR: Tensor, w_kvb: Tensor, v_width: int, scale: float) -> Tensor:
-        memory = self.layers[layer]
         row_TX = torch.cat((ckv_TC, kpe_TR), dim=-1)
-        memory[0].index_copy_(0, self.slots_T, row_TX)
-        out = [part.mla(memory, q_TNH[part.span], row_TX[part.span], w_kvb, v_width, scale) for part in self.parts]
+        self.layers[layer][0].index_copy_(0, self.slots_T, row_TX)
+        return self.mla_written(layer, q_TNH, row_TX, PlainLatent(w_kvb, v_width), scale)
+
+    def mla_written(self, layer: int, q_TNH: Tensor, row_TX: Tensor, latent: Latent, scale: float) -> Tensor:
+        """`mla` where the new rows [latent | rope key] are in the pool already; `latent` knows kv_b."""
+        memory = self.layers[layer]
+        out = [part.mla(memory, q_TNH[part.span], row_TX[part.span], latent, scale) for part in self.parts]
         return out[0] if len(out) == 1 else torch.cat(out)
+
+
+class Latent(Protocol):
+    """MLA's kv_b, whichever way its weights are kept."""
+
+    def expand(self, row_XC: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+        """Rows [latent | rope key] -> keys (X, N, nope + R) and values (X, N, V)."""
+
+    def absorbed(self, q_SNH: Tensor, rows: Rows, memory: Tensor, scale: float) -> Tensor:
+        """One query a row over the cached rows, in latent space -> (S, N, V)."""
+
+
+class PlainLatent:
+    """kv_b as the model has it."""
+
+    def __init__(self, w_kvb: Tensor, v_width: int) -> None:
+        self.w_kvb, self.v_width = w_kvb, v_width
+
+    def expand(self, row_XC: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+        latent = self.w_kvb.shape[1]
+        return expand_latent(row_XC[:, :latent], row_XC[:, latent:], self.w_kvb, heads, self.v_width)
+
+    def absorbed(self, q_SNH: Tensor, rows: Rows, memory: Tensor, scale: float) -> Tensor:
+        return absorbed_attention(q_SNH, rows.context.take(memory), rows.bias_SC, self.w_kvb, self.v_width, scale)
 
 
 def _is_rows(cached: int, new: int) -> bool:
     return new == 1 or (cached > 0 and new <= FEW)
 
 
-def _part_end(cached: list[int], new: list[int], i: int) -> int:
+def _part_end(cached: list[int], new: list[int], i: int, in_place: bool) -> int:
     """The end of the part that begins with sequence i: as many following ones as attend well in one call."""
     end = i + 1
     if _is_rows(cached[i], new[i]):
         longest = max(SHORT, 2 * (cached[i] + 1))  # padding at most doubles the work
-        while end < len(new) and _is_rows(cached[end], new[end]) and cached[end] + new[end] <= longest:
+        while end < len(new) and _is_rows(cached[end], new[end]) and (in_place or cached[end] + new[end] <= longest):
             end += 1
     elif cached[i] == 0:
         while end < len(new) and new[end] > 1 and cached[end] == 0:
             end += 1
     return end
-
-
-def _expand(row_XC: Tensor, w_kvb: Tensor, heads: int, v_width: int) -> tuple[Tensor, Tensor]:
-    latent = w_kvb.shape[1]
-    return expand_latent(row_XC[:, :latent], row_XC[:, latent:], w_kvb, heads, v_width)
 
 
 class _Prompts:
@@ -104,8 +135,8 @@ class _Prompts:
     def gqa(self, memory: Memory, q_TNH: Tensor, k_TMH: Tensor, v_TMH: Tensor, scale: float) -> Tensor:
         return self.packed.gqa(0, q_TNH, k_TMH, v_TMH, scale)
 
-    def mla(self, memory: Memory, q_TNH: Tensor, row_TX: Tensor, w_kvb: Tensor, v_width: int, scale: float) -> Tensor:
-        return self.packed.gqa(0, q_TNH, *_expand(row_TX, w_kvb, q_TNH.shape[1], v_width), scale)
+    def mla(self, memory: Memory, q_TNH: Tensor, row_TX: Tensor, latent: Latent, scale: float) -> Tensor:
+        return self.packed.gqa(0, q_TNH, *latent.expand(row_TX, q_TNH.shape[1]), scale)
 
 
 class _Chunk:
@@ -121,29 +152,48 @@ class _Chunk:
         keys, values = (self.context.take(m)[0] for m in memory)
         return chunk_attention(q_LNH, keys, values, self.bias_LC, scale)
 
-    def mla(self, memory: Memory, q_LNH: Tensor, row_LX: Tensor, w_kvb: Tensor, v_width: int, scale: float) -> Tensor:
-        keys, values = _expand(self.context.take(memory[0])[0], w_kvb, q_LNH.shape[1], v_width)
+    def mla(self, memory: Memory, q_LNH: Tensor, row_LX: Tensor, latent: Latent, scale: float) -> Tensor:
+        keys, values = latent.expand(self.context.take(memory[0])[0], q_LNH.shape[1])
         return chunk_attention(q_LNH, keys, values, self.bias_LC, scale)
 
 
-class _Rows:
-    """One new token each of several sequences, padded to the longest context. MLA attends in latent space."""
+class Rows:
+    """One query each over contexts of several lengths. Read in place by the native kernels, else padded to the longest."""
 
     def __init__(self, pool: Pool, span: slice, tables: list[list[int]], lengths: list[int]) -> None:
-        self.span = span
-        self.context = _Context(pool, tables, lengths)
-        self.bias_SC: Tensor | None = None
-        if min(lengths) < max(lengths):
-            padding = torch.arange(max(lengths)) >= torch.tensor(lengths)[:, None]
-            dtype = pool.layers[0][0].dtype
-            self.bias_SC = torch.zeros(padding.shape, dtype=dtype).masked_fill_(padding, -math.inf).to(pool.device)
+        self.span, self.pool, self._of = span, pool, (tables, lengths)
+
+    @cached_property
+    def tables_SB(self) -> Tensor:
+        """Blocks of each row's context, int32, padded with zeros."""
+        tables, widest = self._of[0], max(map(len, self._of[0]))
+        return torch.tensor([table + [0] * (widest - len(table)) for table in tables], dtype=torch.int32)
+
+    @cached_property
+    def lengths_S(self) -> Tensor:
+        return torch.tensor(self._of[1], dtype=torch.int32)
+
+    @cached_property
+    def context(self) -> _Context:
+        return _Context(self.pool, *self._of)
+
+    @cached_property
+    def bias_SC(self) -> Tensor | None:
+        lengths = self._of[1]
+        if min(lengths) == max(lengths):
+            return None
+        padding = torch.arange(max(lengths)) >= torch.tensor(lengths)[:, None]
+        dtype = self.pool.layers[0][0].dtype
+        return torch.zeros(padding.shape, dtype=dtype).masked_fill_(padding, -math.inf).to(self.pool.device)
 
     def gqa(self, memory: Memory, q_SNH: Tensor, k_SMH: Tensor, v_SMH: Tensor, scale: float) -> Tensor:
         keys, values = memory
+        if self.pool.native:
+            return native.paged_gqa(q_SNH, keys, values, self.tables_SB, self.lengths_S, self.pool.block_size, scale)
         return row_attention(q_SNH, self.context.take(keys), self.context.take(values), self.bias_SC, scale)
 
-    def mla(self, memory: Memory, q_SNH: Tensor, row_SX: Tensor, w_kvb: Tensor, v_width: int, scale: float) -> Tensor:
-        return absorbed_attention(q_SNH, self.context.take(memory[0]), self.bias_SC, w_kvb, v_width, scale)
+    def mla(self, memory: Memory, q_SNH: Tensor, row_SX: Tensor, latent: Latent, scale: float) -> Tensor:
+        return latent.absorbed(q_SNH, self, memory[0], scale)
 
 
 class _Context:

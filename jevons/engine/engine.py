@@ -51,6 +51,7 @@ class Engine:
     default to the model's end-of-sequence ids; pass () to let only `max_tokens` stop. `share_prefixes` keeps what was read
     for prompts that begin alike. `draft` guesses tokens ahead, `draft_tokens` at a time, while at most `draft_rows` rows
     would be computed: "mtp" by the model's own module, "ngram" by repetition; the text is the same either way.
+    `use_native`: whether the cache is read by kernels/native.py; None: where it is available.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class Engine:
         draft: Literal["mtp", "ngram"] | None = None,
         draft_tokens: int = 1,
         draft_rows: int = 8,
+        use_native: bool | None = None,
     ) -> None:
         config, weight = model.config, model.model.embed_tokens.weight
         if draft == "mtp" and not config.num_nextn_predict_layers:
@@ -77,7 +79,9 @@ class Engine:
             useful = max_sequences * -(-config.max_position_embeddings // block_size)
             num_blocks = min(cache_bytes // (bytes_per_token(config, weight.dtype) * block_size), useful)
         self.model = model
-        self.pool = Pool(config, dtype=weight.dtype, device=weight.device, num_blocks=num_blocks, block_size=block_size)
+        self.pool = Pool(
+            config, dtype=weight.dtype, device=weight.device, num_blocks=num_blocks, block_size=block_size, use_native=use_native
+        )
         self.scheduler = Scheduler(self.pool, max_batch_tokens, max_sequences, share_prefixes=share_prefixes)
         self.stop_ids = frozenset(config.eos_token_ids if stop_ids is None else stop_ids)
         self.max_length = min(config.max_position_embeddings, self.pool.num_blocks * block_size)
@@ -205,7 +209,7 @@ class Engine:
             constraint = self._constraints.get(sequence.id)
             before = len(sequence.tokens) - sequence.computed
             for j in range(1 + len(draft)):
-                token, logp, raw_logp, best = (field[at + j] for field in drawn)
+                token, logp, raw_logp, best = (drawn.tokens[at + j], drawn.logps[at + j], drawn.raw_logps[at + j], drawn.logprobs[at + j])
                 if constraint and (instead := constraint.replace(token)) != token:
                     raw_logp += (logits_SW[at + j, instead] - logits_SW[at + j, token]).item()
                     token, logp = instead, 0.0
@@ -219,11 +223,10 @@ class Engine:
             self.scheduler.computed(sequence, before + j)
             finished = None if reason is None else self._finish(sequence, reason)
             for i in range(j + 1):
-                token, logp, raw_logp = (x[-1 - j + i] for x in (sequence.tokens, sequence.logps, sequence.raw_logps))
+                back = i - 1 - j
+                scores = (sequence.logps[back], sequence.raw_logps[back], drawn.logprobs[at + i])
                 last = finished if i == j else None
-                events.append(
-                    Event(sequence.id, token, logp, raw_logp, drawn.logprobs[at + i], sequence.cached or 0, sequence.seconds, last)
-                )
+                events.append(Event(sequence.id, sequence.tokens[back], *scores, sequence.cached or 0, sequence.seconds, last))
             at += 1 + len(draft)
         return events
 

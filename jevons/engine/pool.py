@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from jevons.kernels import native
 from jevons.model.config import ModelConfig
 
 Memory = tuple[Tensor, ...]  # one layer's: (keys, values), or (latents with rope keys,)
@@ -26,13 +27,24 @@ class Pool:
 
     `layers[i]` is (keys (slots, M, H), values (slots, M, H)) for GQA and (latents with rope keys (slots, C + R),) for MLA.
     Memory is not cleared: no reader may touch a slot that was not written. `free + used` is always `num_blocks`; what is free
-    includes `idle`, the blocks that nobody uses but that still hold a known prefix.
+    includes `idle`, the blocks that nobody uses but that still hold a known prefix. `use_native`: whether kernels/native.py
+    reads it in place; None asks it.
     """
 
-    def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device, num_blocks: int, block_size: int = 16) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        num_blocks: int,
+        block_size: int = 16,
+        use_native: bool | None = None,
+    ) -> None:
         if num_blocks < 1 or block_size < 1:
             raise ValueError(f"num_blocks and block_size must be at least 1, are {num_blocks} and {block_size}")
         self.config, self.device = config, device
+        self.native = device.type == "cpu" and dtype in native.DTYPE and native.available() if use_native is None else use_native
         self.num_blocks, self.block_size = num_blocks, block_size
         slots, shapes = num_blocks * block_size, token_shapes(config)
         self.layers = [tuple(torch.empty(slots, *s, dtype=dtype, device=device) for s in shapes) for _ in range(layer_count(config))]

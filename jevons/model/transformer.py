@@ -87,7 +87,8 @@ class Decoder(nn.Module):
 class Transformer(nn.Module):
     """A decoder-only language model of any family in `model/config.py`.
 
-    `call_layer` is how a layer is invoked; the trainer replaces it to recompute activations. Parameters are left
+    `call_layer` is how a layer is invoked; the trainer replaces it to recompute activations, the engine's packed weights to
+    compute it by other means; `rope_dtype` is what cos and sin are given in, None for the activations' dtype. Parameters are left
     uninitialised: `init_weights` or `model/folder.py` fills them.
     """
 
@@ -99,6 +100,7 @@ class Transformer(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         self.call_layer: Callable[..., tuple[Tensor, Routing | None]] = lambda layer, *arguments: layer(*arguments)
+        self.rope_dtype: torch.dtype | None = None
         frequencies, self.rope_magnitude = inverse_frequencies(config)
         self.inverse_frequencies = frequencies  # a plain attribute: made on the CPU even under torch.device("meta")
 
@@ -106,6 +108,7 @@ class Transformer(nn.Module):
         """cos and sin, (T, R/2), of each token's position; angles in fp32."""
         self.inverse_frequencies = self.inverse_frequencies.to(positions_T.device)
         angle_TR = positions_T[:, None].float() * self.inverse_frequencies
+        dtype = self.rope_dtype or dtype
         return (angle_TR.cos() * self.rope_magnitude).to(dtype), (angle_TR.sin() * self.rope_magnitude).to(dtype)
 
     def forward(self, tokens_T: Tensor, positions_T: Tensor, attend: Attend, routes: dict[int, Tensor] | None = None) -> Output:
