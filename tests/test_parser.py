@@ -13,7 +13,7 @@ from jevons.data.tokenizer import END_OF_TEXT, SPECIAL_TOKENS, TURN_END, Tokeniz
 from jevons.server.job import Reply
 from jevons.server.parser import ReplyParser, opens_thinking
 from jevons.server.stop import StopFinder
-from jevons.server.tool import DS_AROUND, DS_CLOSE, DS_OPEN, DS_SEP, LONGEST_HEAD, detect_format
+from jevons.server.tool import DS_AROUND, DS_CLOSE, DS_OPEN, DS_SEP, LONGEST_HEAD, CallReader, detect_format
 
 REAL = Path("~/.cache/jevons-dev/qwen2.5-coder-0.5b-instruct").expanduser()
 TAGS = ("<tool_call>", "</tool_call>", DS_OPEN, DS_CLOSE, *DS_AROUND, DS_SEP)
@@ -256,6 +256,18 @@ def test_no_text_breaks_a_parser(tokenizer, format, data):
     assert len(reasoning + content) <= len("".join(data))
     for _, arguments in calls:
         arguments.encode()
+
+
+def test_what_is_held_back_is_bounded():
+    # else every token would be searched again with all before it, and one long answer would keep the server busy
+    for body in ("x", "<parameter=", "<parameter=k", "\n"):
+        reader = CallReader("qwen3_coder", {})
+        assert reader.push("<function=f>") == "" and reader.name == "f"
+        assert all(reader.push(body) == "" for _ in range(3000))
+        assert len(reader._arguments._text) <= LONGEST_HEAD and reader.close() == "{}"
+    reader = CallReader("qwen3_coder", {})
+    value = [reader.push(text) for text in ["<function=f><parameter=k>", *["long "] * 3000, "</para", "meter>"]]
+    assert json.loads(value[-1] + reader.close()) == {"k": "long " * 3000} and not any(value[:-1])
 
 
 def test_formats_are_read_off_templates():

@@ -177,7 +177,7 @@ class ReplyParser:
         match self._state:
             case "start":
                 self._blank += text
-                if self._blank.strip():
+                if text.strip():
                     text = self._blank.lstrip("\n") if self._after_tag else self._blank
                     self._enter("content")
                     self._give("content", text)

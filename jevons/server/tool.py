@@ -26,7 +26,7 @@ from typing import Any
 from jevons.server.job import ToolFormat
 
 DS_SEP = "<\uff5ctool\u2581sep\uff5c>"  # a full-width bar and a lower block: no one types it by accident
-LONGEST_HEAD = 4096  # characters before the arguments; a body without a name is not searched again and again
+LONGEST_HEAD = 1024  # characters before the arguments, or of a parameter's tag: longer ones are not searched again and again
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ class _Parameters:
             parts.append(self._member(opened[1], self._text[opened.end() : end.start()]))
             self._text, self._searched = self._text[end.end() :], 0
         at = self._text.rfind("<parameter=")  # between parameters: all that may still matter is a tag that was cut
-        self._text = self._text[at if at >= 0 else -len("<parameter=") :]
+        self._text = self._text[at if at >= 0 else -len("<parameter=") :][:LONGEST_HEAD]
         return "".join(parts)
 
     def close(self) -> str:
