@@ -9,6 +9,7 @@ Not done: images and other media, and tools that run on the server.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -34,6 +35,7 @@ EFFORTS = {"none": "none", "minimal": "low", "low": "low", "medium": "high", "hi
 LOW_EFFORT_TOKENS = 1024  # the thinking budget of effort low; high and max leave the length to the model
 BAN = -100.0  # added to a logit
 LONG_TEXT = 1 << 14  # characters from which on rendering would hold up the event loop
+LINE_AFTER_THINK = re.compile(rf"{THINK}(\\n|\n)")  # in a template's source, written in a string of it or as it is
 RESERVED = ("messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token", "pad_token")
 
 
@@ -146,7 +148,7 @@ def _encode(tokenizer: Tokenizer, conversation: Conversation) -> tuple[list[int]
     text = template.render(messages, tools=tools, add_generation_prompt=True, **variables)
     opened = text.rstrip().endswith(THINK)
     # the line breaks that models of this template were trained on
-    opening, closing = (f"{THINK}\n", f"\n{END_THINK}\n\n") if f"{THINK}\\n" in template.source else (THINK, END_THINK)
+    opening, closing = (f"{THINK}\n", f"\n{END_THINK}\n\n") if LINE_AFTER_THINK.search(template.source) else (THINK, END_THINK)
     if last is not None and last.reasoning:
         text += ("" if opened else opening) + last.reasoning + (closing if last.content else "")
         opened = not last.content
@@ -200,9 +202,10 @@ def _grammar(tokenizer: Tokenizer, conversation: Conversation, tool_format: Tool
     strict = any(tool["function"].get("strict") for tool in conversation.tools)
     if required or ((strict or not conversation.parallel) and conversation.grammar is None):
         tools = [tool if required or tool["function"].get("strict") else _loose(tool) for tool in conversation.tools]
+        one = conversation.tool_name  # a function that is named is called once, as with OpenAI
         try:
             return grammar.tool_calls(
-                tokenizer, tool_format, tools, required=required, name=conversation.tool_name, parallel=conversation.parallel
+                tokenizer, tool_format, tools, required=required, name=one, parallel=conversation.parallel and one is None
             )
         except ValueError as error:
             raise refused(error, "tools") from error
