@@ -57,6 +57,7 @@ class Output:
 
     def _add(self, piece: Piece) -> list[Event]:
         self._open = piece.kind, piece.call
+        item: dict[str, Any]
         part: dict[str, Any] | None = None
         if piece.kind == "call":
             item = {"type": "function_call", "id": _id("fc"), "call_id": piece.id, "name": piece.name, "arguments": ""}
