@@ -11,6 +11,7 @@ from anthropic.types import Message as AnthropicMessage
 from anthropic.types import RawMessageStreamEvent
 from fastapi.testclient import TestClient
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from scripted import ScriptedEngine, make_service, make_tokenizer, served
 from test_response import ADD, Scripted, events, said, scripts
 
@@ -241,6 +242,37 @@ def test_thinking_can_be_left_out(server):
     message = rebuilt(events(server.post(request, said(Piece("reasoning", "Hm."), Piece("content", "2"))).text))
     thinking, text = message["content"]
     assert thinking["thinking"] == "" and len(thinking["signature"]) == 64 and text["text"] == "2"
+
+
+KEYS = "parameters input_schema content text thinking input id name call_id output arguments summary"
+KEYS += " tool_use_id tools mode schema format function strict"
+WORDS = "message reasoning function_call function_call_output text thinking tool_use tool_result tool_choice allowed_tools function custom"
+WORDS += " user assistant system add json_schema json_object input_text reasoning_text auto required any"
+WORD = st.sampled_from(WORDS.split())
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 9) | WORD | st.text(max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.fixed_dictionaries({}, optional=dict.fromkeys(KEYS.split(), inner) | {"type": WORD, "role": WORD})
+    ),
+    max_leaves=16,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_no_body_is_our_fault(server, data):
+    """Whatever stands in the fields, the answer is a reply or a 400, never a 500."""
+    path, fields, least = data.draw(
+        st.sampled_from(
+            [
+                ("/anthropic/v1/messages", "messages system tools tool_choice thinking output_config stop_sequences metadata", ASK),
+                ("/v1/responses", "input instructions tools tool_choice text reasoning thinking chat_template_kwargs", test_response.ASK),
+            ]
+        )
+    )
+    chosen = data.draw(st.lists(st.sampled_from(fields.split()), min_size=1, max_size=3, unique=True))
+    reply = server.post(least | {field: data.draw(ANYTHING) for field in chosen}, said(Piece("content", "2")), path=path)
+    assert reply.status_code in (200, 400), reply.text
 
 
 def test_models_and_counts(letters, server):

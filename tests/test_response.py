@@ -200,6 +200,7 @@ def test_what_is_wrong_before_the_first_token_is_a_status(server, stream):
         ("tools", [{"type": "web_search"}], "tools[0].type"),
         ("tool_choice", "required", "tool_choice"),
         ("tool_choice", {"type": "function", "name": "nobody"}, "tool_choice"),
+        ("tool_choice", {"type": "allowed_tools", "mode": "auto", "tools": 5}, "tool_choice.tools"),
         ("reasoning", {"effort": "heroic"}, "reasoning_effort"),
         ("text", {"format": {"type": "xml"}}, "text.format"),
         ("input", [], "input"),
@@ -253,6 +254,10 @@ def test_wishes_reach_the_job(letters, server):
     assert (drawn.temperature, drawn.top_p, drawn.max_tokens, drawn.seed) == (0.5, 0.9, 7, 3)
     assert job.reply.tools == "hermes" and job.grammar is not None and job.tenant.endswith("u")
     assert '"add"' in letters.decode(job.prompt)
+    allowed = {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "add"}]}
+    server.post(request | {"tools": [tool, tool | {"name": "sub"}], "tool_choice": allowed}, said(Piece("content", "2")))
+    (only,) = server.service.jobs
+    assert list(only.reply.schemas) == ["add"] and '"sub"' not in letters.decode(only.prompt)
 
 
 @pytest.mark.parametrize(

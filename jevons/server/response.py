@@ -236,7 +236,9 @@ def read(body: ResponseRequest, thinking: bool | None) -> tuple[Conversation, di
     tools = _read_tools(body.tools)
     tool_choice: Any = body.tool_choice
     if isinstance(tool_choice, dict) and tool_choice.get("type") == "allowed_tools":
-        allowed = [tool.get("name") for tool in tool_choice.get("tools") or [] if isinstance(tool, dict)]
+        if not isinstance(tool_choice.get("tools"), list):
+            raise APIError(400, "tool_choice.tools: must be a list of the tools that may be called", param="tool_choice.tools")
+        allowed = [tool.get("name") for tool in tool_choice["tools"] if isinstance(tool, dict)]
         tools, tool_choice = [tool for tool in tools if tool["function"]["name"] in allowed], tool_choice.get("mode")
     elif isinstance(tool_choice, dict):
         tool_choice = {"type": tool_choice.get("type"), "function": {"name": tool_choice.get("name")}}
