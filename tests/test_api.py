@@ -405,6 +405,19 @@ def test_sampling_fields_reach_the_engine(scripted):
     assert client.engine.requests[1].params.max_tokens == client.engine.max_length - len(client.engine.requests[1].prompt)
 
 
+@pytest.mark.parametrize("low", [True, False])
+def test_the_ends_of_every_range_draw_tokens(real, low):
+    """One request's numbers must not break a step, which is everybody's."""
+    ranges = {"temperature": (1e-300, 2), "top_p": (5e-324, 1), "top_k": (-1, 10**9), "min_p": (0, 1), "repetition_penalty": (0.01, 100)}
+    ranges |= {"presence_penalty": (-2, 2), "frequency_penalty": (-2, 2), "seed": (-(2**63), 2**63 - 1), "min_tokens": (0, 10**9)}
+    ranges |= {"max_tokens": (1, 10**12)}
+    for name, (first, last) in ranges.items():
+        ok(chat(real, **{"max_tokens": 4, name: first if low else last}))
+    ok(chat(real, **{"max_tokens": 4} | {name: first if low else last for name, (first, last) in ranges.items()}))
+    every = {str(id): -100 if low else 100 for id in range(real.service.tokenizer.size)}
+    ok(chat(real, logit_bias=every, temperature=2, repetition_penalty=100, max_tokens=4))
+
+
 # --- what is refused
 
 
@@ -444,6 +457,7 @@ def nested(depth):
         ({"logit_bias": {"99999999": 1}}, "logit_bias"),
         ({"logit_bias": {"1": 101}}, "logit_bias"),
         ({"seed": 2**63}, "seed"),
+        ({"repetition_penalty": 5e-324}, "repetition_penalty"),
         ({"tools": [{"type": "web_search"}]}, "tools[0]"),
         ({"tools": [TOOL] * 2}, "tools[1].function.name"),
         ({"tool_choice": "required"}, "tool_choice"),

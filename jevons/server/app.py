@@ -92,7 +92,7 @@ def build(service: Service, keys: Keys | None, *, page: bool = True, cors: Seque
     if page:
         app.include_router(page_module.router())
     keyed = keys is not None and keys.any()
-    app.openapi = cache(lambda: describe(app, keyed=keyed))  # type: ignore[method-assign]
+    app.openapi = cache(lambda: describe(app, keyed=keyed, models=[service.model_id, *service.aliases]))  # type: ignore[method-assign]
     return app
 
 

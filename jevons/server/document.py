@@ -6,7 +6,7 @@ and the statuses that the gate and the keys can give to any route are added.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from fastapi import FastAPI
@@ -38,6 +38,7 @@ ERROR = {
 }
 EVERYWHERE = (400, 408, 413, 500)
 KEYED = (401, 503)  # 503: the keys' database does not answer
+NAMED = ("ChatBody", "CompletionBody", "ResponseRequest", "EmbeddingBody", "TokenizeBody", "DetokenizeBody")  # bodies that name a model
 WORK = (401, 402, 403, 404, 429, 503)
 
 
@@ -45,7 +46,7 @@ def responses(ok: dict[str, Any], *statuses: int, stream: bool = False) -> dict[
     """FastAPI's `responses` of a route: the schema of a good reply, and the errors that it can give."""
     content: dict[str, Any] = {"application/json": {"schema": ok}}
     if stream:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+        content["text/event-stream"] = {}
     documented: dict[int | str, dict[str, Any]] = {200: {"description": "Answered", "content": content}}
     return documented | {status: _failure(status) for status in sorted({*statuses, *EVERYWHERE})}
 
@@ -64,13 +65,16 @@ def list_of(item: dict[str, Any] | str) -> dict[str, Any]:
     return {"type": "array", "items": {"type": item} if isinstance(item, str) else item}
 
 
-def describe(app: FastAPI, *, keyed: bool) -> dict[str, Any]:
-    """The whole document. `keyed`: requests need a key."""
+def describe(app: FastAPI, *, keyed: bool, models: Sequence[str]) -> dict[str, Any]:
+    """The whole document. `keyed`: requests need a key; `models`: the names that are served."""
     document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
     for path in document["paths"].values():
         for operation in path.values():
             operation["responses"].pop("422", None)
     schemas = document.get("components", {}).get("schemas", {})
+    for name in NAMED:
+        kinds = schemas[name]["properties"]["model"]
+        next(kind for kind in kinds.get("anyOf", [kinds]) if kind["type"] == "string")["enum"] = list(models)
     for unused in ("HTTPValidationError", "ValidationError"):
         schemas.pop(unused, None)
     if keyed:
