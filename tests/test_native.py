@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from jevons.kernels import native
+from jevons.kernels import library, native
 from jevons.kernels.attention import absorbed_attention, row_attention
 from jevons.kernels.experts import experts_ref
 from jevons.kernels.quantize import FORMATS, pack, pack_kv_b, pack_swiglu
@@ -217,3 +220,42 @@ def test_mla_project(format, lora, interleave):
     want_row = torch.cat((latent, rotate(key[:, None], cos.double(), sin.double(), interleave)[:, 0]), dim=-1)
     assert error(q, want_q) <= 2 * CLOSE[format] and error(row, want_row) <= 2 * CLOSE[format]
     assert torch.equal(memory[slots], row)
+
+
+def script(path, text):
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_a_compiler_that_fails_is_reported(monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", script(tmp_path / "broken", 'case "$1" in --version) echo 1;; *) echo "no such flag" >&2; exit 1;; esac'))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.warns(UserWarning, match="no such flag"):
+        loaded = library.load.__wrapped__()
+    assert loaded.library is None and "no such flag" in loaded.reason
+    assert [p.name for p in (tmp_path / "jevons" / "native").iterdir()] == []
+
+
+def test_without_a_compiler_the_reason_says_so(monkeypatch, tmp_path):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    loaded = library.load.__wrapped__()
+    assert loaded.library is None and "C++ compiler" in loaded.reason
+
+
+def test_several_threads_call_at_once():
+    x, packed = draw(8, 256, dtype=torch.bfloat16), pack(draw(512, 256, seed=1), "int8")
+    want = native.linear(x, packed, threads=2)
+    with ThreadPoolExecutor(4) as pool:
+        for got in pool.map(lambda _: native.linear(x, packed, threads=2), range(400)):
+            assert torch.equal(got, want)
+
+
+def test_a_forked_child_computes_too():
+    x, packed = draw(8, 256, dtype=torch.bfloat16), pack(draw(512, 256, seed=1), "bf16")
+    want = native.linear(x, packed, threads=2)
+    child = os.fork()
+    if child == 0:  # the parent's workers do not exist here
+        os._exit(0 if torch.equal(native.linear(x, packed, threads=2), want) else 1)
+    assert os.waitpid(child, 0)[1] == 0

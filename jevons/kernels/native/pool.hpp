@@ -50,7 +50,7 @@ public:
         work();
         for (long spins = 0; done_.load(std::memory_order_acquire) < chunks; spins++) {
             _mm_pause();
-            if (spins > 20000) sched_yield();
+            if (spins > 2000) sched_yield();
         }
     }
 
