@@ -17,6 +17,7 @@ import secrets
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from functools import cache
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
@@ -26,7 +27,6 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from jevons import __version__
 from jevons.server import anthropic, catalog, chat, completion, response
 from jevons.server import page as page_module
 from jevons.server.document import describe
@@ -58,7 +58,7 @@ def build(service: Service, keys: Keys | None, *, page: bool = True, cors: Seque
             await service.drain(drain)
 
     description = "OpenAI's, DeepSeek's and Anthropic's interfaces to one model, each request metered."
-    app = FastAPI(title="Jevons", version=__version__, description=description, docs_url=None, redoc_url=None, lifespan=lifespan)
+    app = FastAPI(title="Jevons", version=version("jevons"), description=description, docs_url=None, redoc_url=None, lifespan=lifespan)
     app.add_exception_handler(APIError, _on_error)
     app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_exception_handler(HTTPException, _on_http)

@@ -11,6 +11,7 @@ import base64
 import struct
 import time
 from collections.abc import Callable, Mapping
+from importlib.metadata import version
 from typing import Annotated, Any, ClassVar, Literal
 
 from fastapi import APIRouter, Depends, Request
@@ -18,7 +19,6 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import Field, WithJsonSchema
 
-from jevons import __version__
 from jevons.server.completion import PROMPT, check_length, long_or_not, read_prompts, text_size
 from jevons.server.conversation import read_messages, read_tools, refused
 from jevons.server.document import KEYED, STATUSES, WORK, list_of, object_of, responses
@@ -199,7 +199,7 @@ def _state(api: APIRouter, service: Service, identify: Admit, balance: Callable[
         return JSONResponse(
             {
                 "model": service.model_id,
-                "version": __version__,
+                "version": version("jevons"),
                 "uptime": round(service.uptime, 1),
                 "running": int(now["running"]),
                 "waiting": int(now["waiting"]),

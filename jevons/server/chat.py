@@ -16,7 +16,6 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import Field, WithJsonSchema
 
-from jevons import __version__
 from jevons.server import grammar
 from jevons.server.chunk import Choice, failure
 from jevons.server.conversation import Conversation, read_messages, read_tool_choice, read_tools, refused, to_job
@@ -30,7 +29,6 @@ from jevons.server.ticket import Ticket
 from jevons.server.vocabulary import Vocabulary
 
 PATHS = ("/v1/chat/completions", "/chat/completions", "/beta/chat/completions", "/beta/v1/chat/completions")
-FINGERPRINT = f"fp_jevons_{__version__}"
 
 
 def shaped(**schema: Any) -> WithJsonSchema:
@@ -187,8 +185,7 @@ def router(service: Service, admit: Callable[..., Any]) -> APIRouter:
             Choice(j, vocabulary, stop_ids=stop_ids, opened=job.reply.thinking, top=top, sampled=body.logprobs_mode == "sampled")
             for j in range(job.n)
         ]
-        head = {"id": f"chatcmpl-{ticket.request_id.removeprefix('req_')}", "object": "chat.completion", "created": int(ticket.started)}
-        head |= {"model": body.model, "system_fingerprint": FINGERPRINT}
+        head = body.head(ticket, "chatcmpl", "chat.completion")
         if body.stream:
             frames = _frames(service, job, ticket, choices, head | {"object": "chat.completion.chunk"}, body.wants_usage)
             return await stream(request, frames, failure=lambda error: data(failure(error)), keep_alive=service.limits.keep_alive)

@@ -22,7 +22,6 @@ from pydantic import Field, WithJsonSchema
 
 from jevons.data.tokenizer import Tokenizer
 from jevons.engine.sequence import Alternatives, SamplingParams
-from jevons.server.chat import FINGERPRINT
 from jevons.server.chunk import FINISH, failure
 from jevons.server.conversation import refused
 from jevons.server.document import WORK, list_of, object_of, responses
@@ -217,8 +216,7 @@ def router(service: Service, admit: Callable[..., Any]) -> APIRouter:
             for i, prompt in enumerate(prompts)
             for j in range(drawn)
         ]
-        head = {"id": f"cmpl-{ticket.request_id.removeprefix('req_')}", "object": "text_completion", "created": int(ticket.started)}
-        head |= {"model": body.model, "system_fingerprint": FINGERPRINT}
+        head = body.head(ticket, "cmpl", "text_completion")
         if body.stream:
             frames = _frames(service, jobs, ticket, choices, head, body.wants_usage)
             return await stream(request, frames, failure=lambda error: data(failure(error)), keep_alive=service.limits.keep_alive)

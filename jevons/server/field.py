@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, WithJsonSchema, model_validator
@@ -148,6 +149,11 @@ class Sampling(Body):
         at_most("user_id", len(user.encode()), service.limits.max_user_bytes, "bytes")
         ticket.user = user
         return resolve(service, self.model, ticket)
+
+    def head(self, ticket: Ticket, prefix: str, kind: str) -> dict[str, Any]:
+        """What a reply and each of its chunks begin with."""
+        head = {"id": f"{prefix}-{ticket.request_id.removeprefix('req_')}", "object": kind, "created": int(ticket.started)}
+        return head | {"model": self.model, "system_fingerprint": f"fp_jevons_{version('jevons')}"}
 
     @property
     def wants_usage(self) -> bool:
