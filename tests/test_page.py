@@ -215,6 +215,8 @@ def test_tex_becomes_mathml():
         [_, _, [_, _, [_, _, *nodes], annotation]] = tree
         assert "".join(map(show, nodes)) == expected, text
         assert annotation[2] == text
+    signs = [attributes.get("form") for tag, attributes in tags(node("math.math(data)", "-a=-b-c)-d")) if tag == "mo"]
+    assert signs == ["prefix", None, "prefix", None, None, None]  # a sign before, an operator between
     # what is broken or too deep is shown, and never throws
     broken = [
         "}",

@@ -15,7 +15,7 @@ const store = new Store();
 const replies = new Replies(store, settings);
 const state = new StateView(settings);
 const drawer = new Settings(settings, changed);
-const sidebar = new Sidebar({ store, open, fresh: () => open(null), running: (c) => replies.running(c) });
+const sidebar = new Sidebar({ store, replies, open, fresh: () => open(null) });
 const chat = new Chat({ store, replies, created, needsModel });
 const model = one("#model");
 const thinking = one("#thinking");

@@ -10,6 +10,8 @@ const IDEAS = [
   ["Think it through", "Three switches outside a closed room, one lamp inside. One visit. Which switch is it?"],
 ];
 
+const mouse = matchMedia("(hover: hover)");
+
 export class Chat {
   #views = new Map(); // message id -> view of a reply
   #frame = 0;
@@ -33,7 +35,9 @@ export class Chat {
     one("#composer").addEventListener("submit", (event) => (event.preventDefault(), this.#act()));
     this.prompt.addEventListener("input", () => this.#typed());
     this.prompt.addEventListener("keydown", (event) => {
-      if (event.key === "Enter" && !event.shiftKey && !event.isComposing) event.preventDefault(), this.#act({ key: true });
+      const sends = event.key === "Enter" && !event.shiftKey && !event.isComposing && mouse.matches; // on a phone Enter breaks the line
+      if (sends) event.preventDefault(), this.#act({ key: true });
+      if (event.key === "Escape") this.replies.stop(this.conversation);
     });
     replies.addEventListener("change", ({ detail }) => this.#changed(detail));
     new ResizeObserver(() => this.#stuck && this.#toEnd()).observe(this.list);
@@ -55,7 +59,7 @@ export class Chat {
   }
 
   focus() {
-    if (matchMedia("(hover: hover)").matches) this.prompt.focus(); // on a phone the keyboard would cover the page
+    if (mouse.matches) this.prompt.focus({ preventScroll: true }); // on a phone the keyboard would cover the page
   }
 
   #view(message) {
@@ -116,7 +120,7 @@ export class Chat {
     if (this.replies.running(this.conversation) || !this.needsModel()) return;
     this.#cut(message, { itself: true });
     this.#ask();
-    this.prompt.focus({ preventScroll: true });
+    this.focus();
   }
 
   #edit(message, text) {
@@ -149,6 +153,7 @@ export class Chat {
   #mark() {
     const running = this.replies.running(this.conversation);
     const label = running ? "Stop" : "Send";
+    one("#composer .hint").textContent = running ? "Esc stops" : "Enter sends, Shift+Enter breaks the line";
     if (this.button.title !== label) this.button.replaceChildren(icon(running ? "stop" : "send"));
     this.button.title = label;
     this.button.setAttribute("aria-label", label);

@@ -5,6 +5,8 @@ const known = (value) => typeof value === "number" && Number.isFinite(value);
 
 export const count = (value) => (known(value) ? Math.round(value).toLocaleString("en-US") : DASH);
 
+export const counted = (value, noun) => `${count(value)} ${noun}${value === 1 ? "" : "s"}`;
+
 export const percent = (value) => (known(value) ? `${(100 * value).toFixed(value > 0 && value < 0.1 ? 1 : 0)} %` : DASH);
 
 export const rate = (value) => (known(value) ? (value < 100 ? value.toFixed(1) : count(value)) : DASH);

@@ -34,6 +34,8 @@ const IGNORED = new Set("limits nolimits displaylimits nonumber notag hline allo
 const ALPHABET = { mathbf: "bold", textbf: "bold", bf: "bold", boldsymbol: "slanted", bm: "slanted", mathbb: "double", Bbb: "double", mathcal: "script", mathscr: "script", cal: "script" };
 Object.assign(ALPHABET, { mathfrak: "fraktur", mathsf: "sans", textsf: "sans", mathtt: "mono", mathrm: "normal", rm: "normal", mathup: "normal", mathit: "italic" });
 const TEXT = new Set("text textrm textit textnormal mbox hbox emph textup texttt".split(" "));
+const SIGNS = new Set("−+±∓");
+const CLOSES = new Set(")]}⟩⌋⌉|‖!");
 const FENCED = { pmatrix: "()", bmatrix: "[]", Bmatrix: "{}", vmatrix: "||", Vmatrix: "‖‖", cases: "{.", dcases: "{.", rcases: ".}" };
 
 // where each alphabet's A, a and 0 lie; letters that Unicode had before are elsewhere
@@ -93,6 +95,7 @@ class Parser {
       if (!node) continue;
       const before = nodes.at(-1);
       if (node.name && before && before[0] !== "mo" && before[0] !== "mspace") nodes.push(space(0.167));
+      if (node[0] === "mo" && SIGNS.has(node[2]) && (!before || (before[0] === "mo" && !CLOSES.has(before[2])))) node[1].form = "prefix"; // = -2
       nodes.push(node.node ?? node);
       if (node.name && !/^([([^_)\].,;&}]|\\left|\\\\|\\[,;:! ]|undefined)/.test(String(this.peek()))) nodes.push(space(0.167));
     }
@@ -154,7 +157,7 @@ class Parser {
     for (let token = this.peek(); ; token = this.peek()) {
       if (token === "_") this.take(), (below = this.argument());
       else if (token === "^") this.take(), above.push(this.argument());
-      else if (token === "'") this.take(), above.push(["mo", {}, "′"]);
+      else if (token === "'") this.take(), above.push(["mo", { lspace: "0", rspace: "0" }, "′"]);
       else if (token === "\\limits" || token === "\\nolimits") this.take();
       else break;
     }

@@ -2,7 +2,7 @@
 // the blocks that are done stay as they are, so that a long reply streams at the cost of its last paragraph.
 
 import { build, copy, h, icon, iconButton, one } from "./dom.js";
-import { count, money, rate, seconds } from "./format.js";
+import { count, counted, money, rate, seconds } from "./format.js";
 import { blocks, tree } from "./markdown.js";
 import { speed } from "./reply.js";
 
@@ -130,7 +130,7 @@ export class ReplyView {
     if (message.finish === "length") add("Cut at the token limit", "finish_reason: length", "mark");
     if (usage) {
       const reasoning = usage.completion_tokens_details?.reasoning_tokens;
-      add(`${count(usage.completion_tokens)} tokens`, reasoning ? `${count(reasoning)} of them thinking` : "Completion tokens", "tokens");
+      add(counted(usage.completion_tokens, "token"), reasoning ? `${count(reasoning)} of them thinking` : "Completion tokens", "tokens");
       if (speed(message)) add(`${rate(speed(message))} tok/s`, "Tokens per second after the first", "speed");
     }
     if (message.firstToken !== undefined) add(`first in ${seconds(message.firstToken)}`, "Time to the first token", "first");

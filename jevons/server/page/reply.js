@@ -19,7 +19,11 @@ export class Replies extends EventTarget {
   }
 
   stop(conversation) {
-    this.#running.get(conversation.id)?.abort();
+    this.#running.get(conversation?.id)?.abort();
+  }
+
+  #keep(conversation, options) {
+    if (this.store.conversations.has(conversation.id)) this.store.save(conversation, options); // not if it was deleted meanwhile
   }
 
   /** Answers the conversation's last message; resolves when the reply has ended, however it did. */
@@ -36,7 +40,7 @@ export class Replies extends EventTarget {
     try {
       for await (const chunk of complete(body, { key: settings.key, signal: controller.signal })) {
         this.#take(message, chunk, clock);
-        store.save(conversation);
+        this.#keep(conversation);
         this.#tell(conversation, message, "piece");
       }
       message.state = "done";
@@ -50,7 +54,7 @@ export class Replies extends EventTarget {
     this.#endThinking(message, clock);
     message.duration ??= now() - clock.start;
     if (this.#running.get(conversation.id) === controller) this.#running.delete(conversation.id); // else a later reply took its place
-    store.save(conversation, { touch: true });
+    this.#keep(conversation, { touch: true });
     store.flush();
     this.#tell(conversation, message, "end");
   }

@@ -7,8 +7,8 @@ import { newId } from "./store.js";
 const phone = matchMedia("(max-width: 760px)");
 
 export class Sidebar {
-  constructor({ store, open, fresh, running }) {
-    Object.assign(this, { store, open, running, current: null });
+  constructor({ store, replies, open, fresh }) {
+    Object.assign(this, { store, replies, open, current: null });
     this.element = one("#sidebar");
     this.list = one("#conversations");
     this.search = one("#search");
@@ -59,7 +59,7 @@ export class Sidebar {
     const title = conversation.title || "New chat";
     const here = conversation.id === this.current;
     const name = h("button", { type: "button", class: "name", title, "aria-current": here ? "page" : null, click: () => (this.hide(), this.open(conversation.id)) },
-      h("span", {}, title), this.running(conversation) && h("span", { class: "dot", title: "A reply is coming" }));
+      h("span", {}, title), this.replies.running(conversation) && h("span", { class: "dot", title: "A reply is coming" }));
     const item = h("li", { class: here ? "here" : null }, name, h("span", { class: "tools" },
       iconButton("edit", `Rename "${title}"`, () => this.#rename(item, conversation)),
       iconButton("save", `Export "${title}"`, () => this.#export([conversation], `jevons-${conversation.id}`)),
@@ -90,11 +90,13 @@ export class Sidebar {
   }
 
   #delete(conversation) {
+    this.replies.stop(conversation);
     this.store.delete(conversation.id);
     if (conversation.id === this.current) this.open(null);
     this.draw();
     toast("Conversation deleted", "Undo", () => {
       this.store.save(conversation);
+      this.draw();
       this.open(conversation.id);
     });
   }

@@ -3,7 +3,7 @@
 
 import { Chart } from "./chart.js";
 import { h, one } from "./dom.js";
-import { count, duration, money, percent, rate } from "./format.js";
+import { count, counted, duration, money, percent, rate } from "./format.js";
 import { request } from "./stream.js";
 
 const EVERY = 1000; // ms
@@ -75,7 +75,7 @@ export class StateView {
     this.charts.load.add(now, [state.running, state.waiting]);
     this.charts.cache.add(now, [share(used, total), share(kept, total)]);
     const parts = [state.model, state.version && `Jevons ${state.version}`, state.uptime != null && `up ${duration(state.uptime)}`];
-    parts.push(state.requests_today != null && `${count(state.requests_today)} requests today`, total && `${count(total)} cache blocks`);
+    parts.push(state.requests_today != null && `${counted(state.requests_today, "request")} today`, total && counted(total, "cache block"));
     this.about.textContent = parts.filter(Boolean).join(" · ");
   }
 }
