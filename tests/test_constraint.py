@@ -163,8 +163,19 @@ def test_a_grammar_masks_draws_once_it_is_active(model: Transformer) -> None:
         assert all(math.isfinite(p) for p in got.logps + got.raw_logps)
 
 
+class OnlyTheEnd(OnlyEven):
+    def mask(self, words: Tensor) -> bool:
+        words[STOP // 32] = 1 << STOP % 32
+        return True
+
+
+def test_a_grammar_that_is_over_beats_a_minimum(model: Transformer) -> None:
+    got = answer(model, SamplingParams(max_tokens=30, min_tokens=9, seed=0), OnlyTheEnd())
+    assert got.tokens == [STOP] and got.stop_reason == "stop"
+
+
 def test_errors_name_the_field() -> None:
-    wrong = {"min_tokens": -1, "repetition_penalty": 0.0, "presence_penalty": math.inf, "frequency_penalty": math.nan}
+    wrong = {"min_tokens": -1, "repetition_penalty": 1e-9, "presence_penalty": math.inf, "frequency_penalty": math.nan}
     for field, value in (wrong | {"logit_bias": ((-1, 0.0),), "prompt_logprobs": -2}).items():
         with pytest.raises(ValueError, match=field):
             SamplingParams(**{field: value})  # type: ignore[arg-type]

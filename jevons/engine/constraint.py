@@ -60,6 +60,8 @@ class Constraint:
                 bits = torch.arange(32, dtype=torch.int32)
                 allowed_W = (words[:, None] >> bits & 1).flatten()[: len(row_W)].bool().to(row_W.device)
                 row_W.masked_fill_(~allowed_W, -math.inf)
+                if forbidden and not bool(row_W.isfinite().any()):  # a grammar that admits only the end beats a minimum length
+                    row_W[_ids(self.stop_ids, row_W)] = 0.0
 
     def replace(self, token: int) -> int:
         """The token that takes this one's place: "Wait" where thinking would end too soon, mostly the same."""

@@ -103,11 +103,12 @@ class SamplingParams:
             "stop_ids: must not be negative": any(i < 0 for i in self.stop_ids),
             "logprobs: must be at least 0": self.logprobs < 0,
             "prompt_logprobs: must be at least 0, or None": (self.prompt_logprobs or 0) < 0,
-            "repetition_penalty: must be above 0 and finite": not 0 < self.repetition_penalty < math.inf,
-            "presence_penalty: must be finite": not math.isfinite(self.presence_penalty),
-            "frequency_penalty: must be finite": not math.isfinite(self.frequency_penalty),
-            "logit_bias: must be finite numbers of token ids that are not negative": any(
-                i < 0 or not math.isfinite(b) for i, b in self.logit_bias
+            # wider ones overflow fp32 logits, and a row without a finite maximum fails the whole step
+            "repetition_penalty: must be between 0.01 and 100": not 0.01 <= self.repetition_penalty <= 100,
+            "presence_penalty: must be between -100 and 100": not abs(self.presence_penalty) <= 100,
+            "frequency_penalty: must be between -100 and 100": not abs(self.frequency_penalty) <= 100,
+            "logit_bias: must be numbers between -1000 and 1000 of token ids that are not negative": any(
+                i < 0 or not abs(b) <= 1000 for i, b in self.logit_bias
             ),
         }
         for message, is_wrong in wrong.items():

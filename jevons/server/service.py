@@ -152,7 +152,8 @@ class Service:
         try:
             return await asyncio.to_thread(self.grammars.compile, job.grammar, job.reply, may_think=job.reply.may_think)
         except ValueError as error:
-            raise APIError(400, f"response_format: {error}", param="response_format") from error
+            field = "tools" if job.reply.tools else "response_format"
+            raise APIError(400, f"{field}: {error}", param=field) from error
 
     async def _record(self, jobs: Sequence[Job], choices: list[_Choice], ticket: Ticket, ttft: float | None, status: str) -> None:
         """One row a request: each prompt counts once, however many answers it gets."""
@@ -252,6 +253,8 @@ class _Choice:
                 piece = replace(piece, text=text)
             elif self.stop is not None:
                 return
+            elif held := self.stops.flush():  # what might have begun a stop string did not: it stood before this piece
+                self._append(Piece("content", held))
             if piece.text or piece.kind == "call":
                 self._append(piece)
 
