@@ -12,7 +12,9 @@ import torch
 
 from jevons.data.tokenizer import Tokenizer
 from jevons.engine.engine import Engine
+from jevons.engine.packed import pack_model
 from jevons.engine.sequence import SamplingParams
+from jevons.kernels import native
 from jevons.model.folder import load_model
 from jevons.stages.sample import prompt_ids
 
@@ -61,6 +63,28 @@ def test_greedy_tokens_are_those_of_transformers(folder):
     with torch.inference_mode():
         out = theirs.generate(torch.tensor([prompts[0]]), max_new_tokens=64, do_sample=False, eos_token_id=None, repetition_penalty=1.0)
     assert out[0, len(prompts[0]) :].tolist() == samples[0].tokens[:64]
+
+
+def test_fewer_bits_cost_little_on_real_text(folder):
+    """Nats a token of real conversations under each weight format, beside the plain bf16 modules."""
+    if not native.available():
+        pytest.skip(native.reason())
+    tokenizer, text = Tokenizer.load(folder), needs("JEVONS_REAL_TEXT")
+    with text.open(encoding="utf-8") as source:
+        rows = [json.loads(line)["messages"] for line, _ in zip(source, range(12))]
+    prompts = [tokenizer.encode("\n\n".join(message["content"] for message in row))[:400] for row in rows]
+    nats = {}
+    for format in ("plain", "bf16", "int8", "int4"):
+        model = load_model(folder)
+        if format != "plain":
+            pack_model(model, format)
+        scored = Engine(model).generate(prompts, SamplingParams(max_tokens=1, prompt_logprobs=0))
+        logps = [p for sample in scored for p, _ in sample.prompt_logprobs]
+        nats[format] = -sum(logps) / len(logps)
+    print(nats)
+    assert abs(nats["bf16"] / nats["plain"] - 1) < 0.002
+    assert abs(nats["int8"] / nats["plain"] - 1) < 0.01
+    assert nats["int4"] / nats["plain"] - 1 < 0.05
 
 
 def test_it_writes_working_python(folder):

@@ -48,7 +48,8 @@ def pack_model(model: Transformer, format: str, progress: Progress | None = None
         layers[layer] = _Layer(layer, format)
         if progress is not None:
             progress(i + 1, total)
-    head = _Head(pack(model.lm_head.weight, format))
+    # in 8 bits where the layers have 4: its error goes straight into the logits, and it is read for every token drawn
+    head = _Head(pack(model.lm_head.weight, "int8" if format == "int4" else format))
     if not model.config.tie_word_embeddings:
         _empty(model.lm_head)
     model.lm_head = head  # type: ignore[assignment]
