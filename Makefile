@@ -7,6 +7,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 ARGS ?=
+comma := ,
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
@@ -41,6 +42,6 @@ clean:
 $(VENV)/.core $(VENV)/.dev: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Jevons needs Python 3.11 or newer, $(PYTHON) is " + sys.version.split()[0] + "; make PYTHON=python3.12 ...")'
 	@test -x $(BIN)/pip || { echo "making $(VENV)" && $(PYTHON) -m venv "$(VENV)"; }
-	@echo "installing Jevons into $(VENV) (once: half a minute, and the download of torch)"
-	@$(BIN)/python -m pip install -qq --no-compile --editable '.$(if $(findstring .dev,$(notdir $@)),[dev])'
+	@echo "installing Jevons into $(VENV) (once: a minute or two, and the download of torch)"
+	@$(BIN)/python -m pip install -qq --no-compile --editable '.$(if $(findstring .dev,$(notdir $@)),[dev$(comma)clients])'
 	@touch $(if $(findstring .dev,$(notdir $@)),$(VENV)/.core) "$@"
