@@ -42,6 +42,15 @@ COMPLETIONS = "/v1/completions"
 LONG = "The quick brown fox jumps over the lazy dog. " * 8  # several blocks of the cache
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Products of this size gain nothing from a second thread, and lose much where another process wants its core."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def tokenizer():
     return make_tokenizer()
@@ -73,7 +82,7 @@ class Process:
         command = [sys.executable, "-m", "jevons.cli", "serve", str(folder), "--port", "0", "--dtype", "float32", "--draft", "none"]
         command += ["--cache-gb", "0.05", "--ledger", str(ledger), *options]
         with self.out.open("wb") as out:
-            self.process = subprocess.Popen(command, stdout=out, stderr=out, env=os.environ | {"COLUMNS": "200"})
+            self.process = subprocess.Popen(command, stdout=out, stderr=out, env=os.environ | {"COLUMNS": "200", "OMP_NUM_THREADS": "1"})
 
     @property
     def said(self):
@@ -154,11 +163,12 @@ def refuses(url):
 # --- signals
 
 
-def test_a_signal_lets_answers_end_and_leaves_with_0(folder, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+def test_a_signal_lets_answers_end_and_leaves_with_0(folder, tmp_path, number):
     with serving(folder, tmp_path / "ledger.db") as server:
         url = server.url()
-        load = Load(url, [150, 200, 300, 400] * 2)
-        server.process.send_signal(signal.SIGTERM)
+        load = Load(url, [150, 200, 250, 300] * 2)
+        server.process.send_signal(number)
         time.sleep(0.05)  # for the handler to run
         assert len(load.ended) < 8 and refuses(url), "the load was over too early, or a new request was taken"
         assert server.process.wait(30) == 0, server.said
@@ -168,7 +178,8 @@ def test_a_signal_lets_answers_end_and_leaves_with_0(folder, tmp_path):
 
 
 def test_answers_that_outlast_the_drain_are_cut_and_metered(folder, tmp_path):
-    with serving(folder, tmp_path / "ledger.db", "--drain", "1") as server:
+    open_door = ("--host", "0.0.0.0", "--insecure")  # which takes requests without a key where it was said aloud
+    with serving(folder, tmp_path / "ledger.db", "--drain", "1", *open_door) as server:
         load = Load(server.url(), [12000] * 4)
         start = time.monotonic()
         server.process.send_signal(signal.SIGINT)
@@ -214,11 +225,6 @@ def test_open_doors_are_refused_before_the_model_is_loaded(tmp_path):
     with serving(tmp_path / "no such model", tmp_path / "ledger.db", "--host", "0.0.0.0") as server:
         assert server.process.wait(30) == 1
         assert "jevons keys create" in server.said and "--insecure" in server.said and "no such model" not in server.said
-
-
-def test_insecure_is_said_aloud(folder, tmp_path):
-    with serving(folder, tmp_path / "ledger.db", "--host", "0.0.0.0", "--insecure") as server:
-        assert httpx.post(server.url() + COMPLETIONS, json={"model": "tiny", "prompt": "Hi", "max_tokens": 1}).status_code == 200
 
 
 @pytest.fixture(scope="module")
@@ -314,7 +320,7 @@ def rows(service):
 
 
 def test_a_failed_step_ends_what_is_under_way_and_nothing_else(tokenizer, model, tmp_path):
-    engine = Engine(model, num_blocks=256, max_sequences=8)
+    engine = Engine(model, num_blocks=1024, max_sequences=8)
     service, _ = make_service(engine, tokenizer, tmp_path / "ledger.db")
     step, failing = engine.step, threading.Event()
 
@@ -325,7 +331,7 @@ def test_a_failed_step_ends_what_is_under_way_and_nothing_else(tokenizer, model,
         return step()
 
     engine.step = breaking
-    body = {"model": "tiny", "prompt": LONG, "max_tokens": 1000, "min_tokens": 1000}
+    body = {"model": "tiny", "prompt": LONG, "max_tokens": 3000, "min_tokens": 3000}
     answers = {}
 
     def send(number):
@@ -372,20 +378,20 @@ async def aenumerate(items):
 @pytest.mark.parametrize("seed", range(2))
 def test_any_schedule_gives_each_its_own_text_and_row(tokenizer, model, tmp_path, seed):
     draw = random.Random(seed)
-    jobs = []
+    jobs, leave = [], []
     for i in range(16):
-        length = draw.randint(20, 50)
+        leave.append(draw.randint(0, 10) if draw.random() < 0.3 else None)
+        length = draw.randint(20, 50) if leave[i] is None else 120  # engine's work that must not be done
         params = SamplingParams(max_tokens=length, min_tokens=length, temperature=draw.choice([0.0, 1.0]), seed=i)
         prompt = tokenizer.encode(LONG[: draw.randint(20, 120)])
         jobs.append(Job(prompt=tuple(prompt), params=params, reply=Reply(plain=True), tenant=draw.choice("ab")))
-    leave = [draw.randint(0, 15) if draw.random() < 0.3 else None for _ in jobs]
     pauses = [draw.random() * 0.1 for _ in jobs]
 
     async def alone():
         engine = Engine(model, num_blocks=64, max_sequences=1, share_prefixes=False)
         service, _ = make_service(engine, tokenizer, tmp_path / "alone.db")
         service.engine_loop.start()
-        texts = [await collect(service, job, f"alone-{i}") for i, job in enumerate(jobs)]
+        texts = [await collect(service, job, f"alone-{i}") for i, job in enumerate(jobs) if leave[i] is None]
         await service.drain(5)
         return texts
 
@@ -396,6 +402,7 @@ def test_any_schedule_gives_each_its_own_text_and_row(tokenizer, model, tmp_path
 
         service.engine_loop.start()
         texts = await asyncio.gather(*map(one, range(len(jobs))))
+        assert await service.engine_loop.call(lambda engine: engine.pool.used) == 0  # before a drain would free it
         await service.drain(5)
         return texts
 
@@ -404,8 +411,9 @@ def test_any_schedule_gives_each_its_own_text_and_row(tokenizer, model, tmp_path
     service, _ = make_service(engine, tokenizer, tmp_path / "ledger.db")
     texts = asyncio.run(together())
     assert engine.snapshot()["preemptions"] > 0, "memory was not short"
-    assert None in texts and {i for i, text in enumerate(texts) if text is None} <= {i for i, at in enumerate(leave) if at is not None}
-    assert [text for text in texts if text is not None] == [e for e, text in zip(expected, texts) if text is not None]
+    assert [text is None for text in texts] == [at is not None for at in leave] and None in texts
+    assert [text for text in texts if text is not None] == expected
+    assert engine.drawn_tokens < sum(job.params.max_tokens for job in jobs) - 30 * texts.count(None)
     assert engine.pool.used == 0 and engine.pool.free == engine.pool.num_blocks and not engine.has_work and service.under_way == 0
     assert dict(rows(service)) == {str(i): "abort" if t is None else "length" for i, t in enumerate(texts)}
     assert len(rows(service)) == len(jobs)
