@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from jevons.kernels import library, native
-from jevons.kernels.attention import absorbed_attention, row_attention
+from jevons.kernels.attention import absorbed_attention, causal_attention_ref, row_attention
 from jevons.kernels.experts import experts_ref
 from jevons.kernels.quantize import FORMATS, pack, pack_kv_b, pack_swiglu
 from jevons.model.rope import rotate
@@ -162,6 +162,26 @@ def test_paged_mla_is_absorbed_attention(format, N, nope, rope, V, C):
     for i, slot in enumerate(slots):
         want = absorbed_attention(q[i : i + 1].float(), memory[slot].float()[None], None, meant, V, scale)
         assert error(got[i : i + 1], want) <= 2 * CLOSE[format]
+
+
+@pytest.mark.parametrize(
+    "C, L, N, M, H, V", [(77, 77, 4, 4, 128, 64), (200, 33, 6, 2, 24, 24), (130, 130, 3, 3, 40, 100), (65, 1, 4, 2, 16, 16)]
+)
+def test_causal_is_causal_attention(C, L, N, M, H, V):
+    q, k, v = (draw(C, heads, width, dtype=torch.bfloat16, seed=i) for i, (heads, width) in enumerate(((N, H), (M, H), (M, V))))
+    want = causal_attention_ref(q[None], k[None], v[None], H**-0.5)[0, -L:]
+    got = native.causal(q[-L:], k, v, H**-0.5, context=C)
+    assert error(got, want) < 5e-3
+    assert torch.equal(got, native.causal(q[-L:], k, v, H**-0.5, context=C, threads=1))
+    if L > 1:  # a query's result is its own
+        assert torch.equal(got[-1:], native.causal(q[-1:], k, v, H**-0.5, context=C)[-1:])
+    # in blocks in any order, and nobody reads what nobody wrote
+    blocks = -(-C // 8)
+    table = torch.randperm(blocks + 3, generator=torch.Generator().manual_seed(C))[:blocks].int()
+    slots = torch.tensor([int(table[t // 8]) * 8 + t % 8 for t in range(C)])
+    keys, values = (torch.full(((blocks + 3) * 8, *x.shape[1:]), torch.nan, dtype=torch.bfloat16) for x in (k, v))
+    keys[slots], values[slots] = k, v
+    assert torch.equal(got, native.causal(q[-L:], keys, values, H**-0.5, context=C, table=table, block_size=8))
 
 
 def angles(T, R):

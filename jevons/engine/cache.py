@@ -49,7 +49,7 @@ class Paged:
                 rows = [(table, p + 1) for table, row in zip(tables[i:end], positions[i:end]) for p in row]
                 self.parts.append(Rows(pool, span, [table for table, _ in rows], [length for _, length in rows]))
             elif cached[i] == 0:
-                self.parts.append(_Prompts(pool, span, new[i:end]))
+                self.parts.append(_Prompts(pool, span, tables[i:end], new[i:end]))
             else:
                 self.parts.append(_Chunk(pool, span, tables[i], cached[i], new[i]))
             start, i = span.stop, end
@@ -70,7 +70,7 @@ class Paged:
         """`gqa` where the new keys and values are in the pool already."""
         memory = self.layers[layer]
         out = [part.gqa(memory, q_TNH[part.span], k_TMH[part.span], v_TMH[part.span], scale) for part in self.parts]
-        return out[0] if len(out) == 1 else torch.cat(out)
+        return _joined(out)
 
     def mla(self, layer: int, q_TNH: Tensor, ckv_TC: Tensor, kpe_TR: Tensor, w_kvb: Tensor, v_width: int, scale: float) -> Tensor:
         row_TX = torch.cat((ckv_TC, kpe_TR), dim=-1)
@@ -81,7 +81,7 @@ class Paged:
         """`mla` where the new rows [latent | rope key] are in the pool already; `latent` knows kv_b."""
         memory = self.layers[layer]
         out = [part.mla(memory, q_TNH[part.span], row_TX[part.span], latent, scale) for part in self.parts]
-        return out[0] if len(out) == 1 else torch.cat(out)
+        return _joined(out)
 
 
 class Latent(Protocol):
@@ -128,33 +128,74 @@ def _part_end(cached: list[int], new: list[int], i: int, in_place: bool) -> int:
 class _Prompts:
     """New prompts: nothing is cached before them, so they attend to each other's tokens exactly as in training."""
 
-    def __init__(self, pool: Pool, span: slice, lengths: list[int]) -> None:
-        self.span = span
-        self.packed = Packed(torch.tensor([0, *itertools.accumulate(lengths)], device=pool.device))
+    def __init__(self, pool: Pool, span: slice, tables: list[list[int]], lengths: list[int]) -> None:
+        self.span, ends = span, [0, *itertools.accumulate(lengths)]
+        self.packed = Packed(torch.tensor(ends), pool.device)
+        self.native = [_Native(pool, slice(a, b), table, 0) for a, b, table in zip(ends, ends[1:], tables)] if _reads(pool) else []
 
     def gqa(self, memory: Memory, q_TNH: Tensor, k_TMH: Tensor, v_TMH: Tensor, scale: float) -> Tensor:
+        if self.native:
+            return _joined([piece.paged(q_TNH, memory, scale) for piece in self.native])
         return self.packed.gqa(0, q_TNH, k_TMH, v_TMH, scale)
 
     def mla(self, memory: Memory, q_TNH: Tensor, row_TX: Tensor, latent: Latent, scale: float) -> Tensor:
-        return self.packed.gqa(0, q_TNH, *latent.expand(row_TX, q_TNH.shape[1]), scale)
+        keys, values = latent.expand(row_TX, q_TNH.shape[1])
+        if self.native:
+            values = values.contiguous()  # kv_b's product has them beside the keys
+            return _joined([native.causal(q_TNH[p.span], keys[p.span], values[p.span], scale, context=p.context) for p in self.native])
+        return self.packed.gqa(0, q_TNH, keys, values, scale)
 
 
 class _Chunk:
     """A later piece of one prompt: its tokens see the cached ones, all of them expanded, and each other (bottom-right causal)."""
 
     def __init__(self, pool: Pool, span: slice, table: list[int], cached: int, new: int) -> None:
-        self.span = span
-        self.context = _Context(pool, [table], [cached + new])
-        dtype = pool.layers[0][0].dtype
-        self.bias_LC = torch.full((new, cached + new), -math.inf, dtype=dtype, device=pool.device).triu(cached + 1)
+        self.span, self.pool, self._of = span, pool, (table, cached, new)
+        self.native = _Native(pool, slice(0, new), table, cached) if _reads(pool) else None
+
+    @cached_property
+    def context(self) -> _Context:
+        table, cached, new = self._of
+        return _Context(self.pool, [table], [cached + new])
+
+    @cached_property
+    def bias_LC(self) -> Tensor:
+        _, cached, new = self._of
+        dtype = self.pool.layers[0][0].dtype
+        return torch.full((new, cached + new), -math.inf, dtype=dtype, device=self.pool.device).triu(cached + 1)
 
     def gqa(self, memory: Memory, q_LNH: Tensor, k_LMH: Tensor, v_LMH: Tensor, scale: float) -> Tensor:
+        if self.native:
+            return self.native.paged(q_LNH, memory, scale)
         keys, values = (self.context.take(m)[0] for m in memory)
         return chunk_attention(q_LNH, keys, values, self.bias_LC, scale)
 
     def mla(self, memory: Memory, q_LNH: Tensor, row_LX: Tensor, latent: Latent, scale: float) -> Tensor:
         keys, values = latent.expand(self.context.take(memory[0])[0], q_LNH.shape[1])
+        if self.native:
+            return native.causal(q_LNH, keys, values.contiguous(), scale, context=len(keys))
         return chunk_attention(q_LNH, keys, values, self.bias_LC, scale)
+
+
+class _Native:
+    """One sequence's new tokens and where their context lies, for the native kernel."""
+
+    def __init__(self, pool: Pool, span: slice, table: list[int], cached: int) -> None:
+        self.span, self.block_size, self.context = span, pool.block_size, cached + span.stop - span.start
+        self.table = torch.tensor(table, dtype=torch.int32)
+
+    def paged(self, q_TNH: Tensor, memory: Memory, scale: float) -> Tensor:
+        q, (keys, values) = q_TNH[self.span], memory
+        return native.causal(q, keys, values, scale, context=self.context, table=self.table, block_size=self.block_size)
+
+
+def _reads(pool: Pool) -> bool:
+    """Whether prompts attend natively: in bf16, and heads of even width, as all are that are rotated."""
+    return pool.native and pool.layers[0][0].dtype == torch.bfloat16
+
+
+def _joined(pieces: list[Tensor]) -> Tensor:
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
 class Rows:

@@ -31,6 +31,7 @@ PROTOTYPES = {  # what each function takes: p pointer, l long, i int, f float
     "rms_norm": "pillipfpi",
     "gqa_project": "ppillpfpiippfpppppi",
     "mla_project": "pppillpfppfppiiiiippppi",
+    "causal": "plplpliiiiiipifpi",
     "paged_gqa": "plppiliiiiplpifpi",
     "paged_mla": "plpiliiiplpippfpi",
 }

@@ -294,3 +294,35 @@ def paged_mla(
         threads or torch.get_num_threads(),
     )  # fmt: skip
     return out
+
+
+def causal(
+    q_LNH: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scale: float,
+    *,
+    context: int,
+    table: Tensor | None = None,
+    block_size: int = 1,
+    threads: int = 0,
+) -> Tensor:
+    """The last L of a sequence's `context` tokens over all of them, causal: (L, N, H) -> (L, N, V). bf16, H even.
+
+    keys (X, M, H) and values (X, M, V) are rows of the context in order, or slots that the blocks of `table` (int32) name.
+    """
+    L, N, width = q_LNH.shape
+    M, V = keys.shape[1], values.shape[2]
+    assert q_LNH.dtype == keys.dtype == values.dtype == torch.bfloat16 and width % 2 == 0 and N % M == 0 and 0 < L <= context
+    for x in (q_LNH, keys, values):
+        assert x.stride()[1:] == (x.shape[2], 1), x.stride()
+    if table is None:
+        assert len(keys) >= context and len(values) >= context
+    else:
+        assert table.dtype == torch.int32 and table.is_contiguous() and len(table) * block_size >= context
+    out = torch.empty(L, N, V, dtype=torch.bfloat16)
+    load().library.jevons_causal(
+        q_LNH.data_ptr(), q_LNH.stride(0), keys.data_ptr(), keys.stride(0), values.data_ptr(), values.stride(0), L, context, N, M, width,
+        V, _pointer(table), block_size, scale, out.data_ptr(), threads or torch.get_num_threads(),
+    )  # fmt: skip
+    return out
