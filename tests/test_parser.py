@@ -1,6 +1,7 @@
 """An answer's tokens into reasoning, content and calls: what the parsers say of a stream is what is true of the whole."""
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from jevons.server.parser import ReplyParser, opens_thinking
 from jevons.server.stop import StopFinder
 from jevons.server.tool import DS_AROUND, DS_CLOSE, DS_OPEN, DS_SEP, LONGEST_HEAD, CallReader, detect_format
 
-REAL = Path("~/.cache/jevons-dev/qwen2.5-coder-0.5b-instruct").expanduser()
+REAL = Path(os.environ.get("JEVONS_REAL_MODEL") or "absent")
 TAGS = ("<tool_call>", "</tool_call>", DS_OPEN, DS_CLOSE, *DS_AROUND, DS_SEP)
 CORPUS = [
     '{"name": "add", "arguments": {"a": 1}}',

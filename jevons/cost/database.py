@@ -34,7 +34,7 @@ def open_database(url_or_path: str | Path, tables: Sequence[sql.Table], *, busy_
     try:
         with engine.begin() as connection:
             if backend == "sqlite":
-                connection.exec_driver_sql("PRAGMA journal_mode=WAL")
+                connection.exec_driver_sql("PRAGMA journal_mode=WAL")  # commits are synced: SQLite's own default, synchronous=FULL
                 present = set()  # IF NOT EXISTS is free there
             else:  # elsewhere it may lock a table that others write to, or fail when two processes create at once
                 if backend == "postgresql":

@@ -173,10 +173,7 @@ class Engine:
                 self._score_prompt(sequence, hidden_TD[end - count : end])
             if sequence.params.embed:
                 sequence.pool(hidden_TD[end - count : end])
-        events = self._draw(batch, ends, hidden_TD)
-        share = (time.perf_counter() - start) / len(tokens)
-        for sequence, rows in zip(sequences, new):
-            sequence.seconds += share * rows
+        events = self._draw(batch, ends, hidden_TD, start)
         if self.draft == "mtp":
             self._guess(batch, ends, tokens, hidden_TD, attend)
         self.steps += 1
@@ -184,13 +181,14 @@ class Engine:
         self.drawn_tokens += len(events)
         return events
 
-    def _draw(self, batch: list[tuple[Sequence, int]], ends: list[int], hidden_TD: Tensor) -> list[Event]:
-        """Draw from the rows whose tokens are all computed, drafts while the draws agree with them."""
+    def _draw(self, batch: list[tuple[Sequence, int]], ends: list[int], hidden_TD: Tensor, start: float) -> list[Event]:
+        """Draw from the rows whose tokens are all computed, drafts while the draws agree with them. The step began at `start`."""
         ready = [(s, end - 1 - len(s.draft)) for (s, count), end in zip(batch, ends) if count == s.pending]
         for sequence, count in batch:
             if count < sequence.pending:
                 self.scheduler.computed(sequence, count)
         if not ready:
+            self._charge(batch, ends[-1], start)
             return []
         rows = [(s, row + j, j) for s, row in ready for j in range(1 + len(s.draft))]
         if len(rows) < len(hidden_TD):  # only rows that are sampled meet the vocabulary
@@ -203,6 +201,7 @@ class Engine:
                 constraint.apply(allowed_SW[i])
         uniforms = [0.0 if s.params.greedy else s.uniform(j) for s, _, j in rows]
         drawn = sample(logits_SW, [s.params for s, _, _ in rows], uniforms, allowed_SW)
+        self._charge(batch, ends[-1], start)
         events, at = [], 0
         for sequence, _ in ready:
             draft, sequence.draft = sequence.draft, []
@@ -229,6 +228,12 @@ class Engine:
                 events.append(Event(sequence.id, sequence.tokens[back], *scores, sequence.cached or 0, sequence.seconds, last))
             at += 1 + len(draft)
         return events
+
+    def _charge(self, batch: list[tuple[Sequence, int]], rows: int, start: float) -> None:
+        """Share the step's time so far among its sequences, by the rows that each brought."""
+        share = (time.perf_counter() - start) / rows
+        for sequence, count in batch:
+            sequence.seconds += share * (count + len(sequence.draft))
 
     def _propose(self) -> None:
         """Let n-grams guess ahead while few rows would be computed."""

@@ -19,6 +19,7 @@ from typing import Any
 
 from jevons.engine.engine import Engine, Event
 from jevons.engine.sequence import Grammar, SamplingParams
+from jevons.server.error import APIError
 
 log = logging.getLogger(__name__)
 
@@ -112,7 +113,7 @@ class EngineLoop:
                 while True:
                     command = self._commands.get(block=idle)
                     if command is None:
-                        self._fail(RuntimeError("the server is shutting down"))
+                        self._fail(APIError(503, "the server is shutting down", retry_after=5))
                         return
                     command()
                     idle = idle and not self.engine.has_work

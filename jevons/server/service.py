@@ -88,7 +88,6 @@ class Service:
         self.under_way += len(choices)
         box: Mailbox = asyncio.Queue()
         first_token: float | None = None
-        error: APIError | None = None
         self.metrics.started(ticket)
         try:
             for number, choice in enumerate(choices):
@@ -120,8 +119,8 @@ class Service:
                             await self._record(jobs, choices, ticket, first_token, "")
                     if choice.pieces or choice.finish is not None:
                         yield choice.update(number)
-        except APIError as caught:
-            error = caught
+        except APIError:
+            await self._record(jobs, choices, ticket, first_token, "error")
             raise
         finally:
             self.under_way -= len(choices)
@@ -130,9 +129,7 @@ class Service:
                     self.engine_loop.abort(choice.future)
             if ticket.row is None:
                 # not awaited here: whoever closes this generator may have been cancelled, and would be again at the next await
-                task: asyncio.Task[object] = asyncio.ensure_future(
-                    self._record(jobs, choices, ticket, first_token, "error" if error else "abort")
-                )
+                task: asyncio.Task[object] = asyncio.ensure_future(self._record(jobs, choices, ticket, first_token, "abort"))
                 self.running.add(task)
                 task.add_done_callback(self.running.discard)
 
@@ -197,13 +194,17 @@ class Service:
                 vectors[update.choice] = F.normalize(update.embedding, dim=0).tolist()
         return vectors
 
-    async def drain(self, timeout: float) -> None:
-        """Take no more requests, wait for those under way, and write their rows."""
+    async def finish(self, timeout: float) -> None:
+        """Take no more requests, wait for those under way, and end the engine; what has not ended by then ends with an error."""
         self.draining = True
         end = time.perf_counter() + timeout
         while self.under_way and time.perf_counter() < end:
             await asyncio.sleep(0.05)
         await self.engine_loop.stop()
+
+    async def drain(self, timeout: float) -> None:
+        """`finish`, and write every row."""
+        await self.finish(timeout)
         if self.running:
             await asyncio.wait(self.running, timeout=5)
         await self.meter.close()
@@ -277,6 +278,8 @@ class _Choice:
 
 
 def _refusal(error: Exception) -> APIError:
+    if isinstance(error, APIError):
+        return error
     if isinstance(error, ValueError):
         return APIError(400, str(error), param=str(error).partition(":")[0] if ":" in str(error) else None)
     return APIError(500, "the engine failed on this request; see the server's log", code="engine_error")

@@ -22,6 +22,7 @@ from typing import Literal
 import torch
 import uvicorn
 from rich.console import Console
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from jevons.cost.price import Prices
@@ -119,6 +120,8 @@ def serve(options: Options) -> None:
         name = folder.parent.parent.name  # runs/quickstart/pretrain/model is called quickstart
     service = Service(EngineLoop(engine), tokenizer, meter, model_id=name, limits=options.limits)
     app = build(service, keys, page=options.page, cors=options.cors, drain=options.drain)
+    if local and not keys.any():  # or any page on the web could have its own name resolve to this server, and ask it
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=[options.host, "localhost", "127.0.0.1", "[::1]", "["])
 
     class Protocol(TimedProtocol):
         header_timeout = options.header_timeout
@@ -131,11 +134,11 @@ def serve(options: Options) -> None:
         log_level="info" if options.log_requests else "warning",
         access_log=options.log_requests,
         server_header=False,
-        timeout_graceful_shutdown=max(1, round(options.drain)),
+        timeout_graceful_shutdown=round(options.drain) + 10,  # Server.shutdown ends them before
         h11_max_incomplete_event_size=65536,
     )
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    server = Server(config, service)
+    server = Server(config, service, options.drain)
     server.announce = lambda url: console.print(
         f"[bold]{name}[/] at [bold]{url}[/]  (page {url}/, API {url}/v1, metrics {url}/metrics); "
         f"{'keys needed' if keys.any() else 'no key needed'}; Ctrl-C stops"
@@ -197,11 +200,11 @@ def _draft(wanted: str, config: ModelConfig) -> Literal["mtp", "ngram"] | None:
 
 
 class Server(uvicorn.Server):
-    """uvicorn's, that leaves with 0 after SIGTERM: its own raises the signal again when it is done."""
+    """uvicorn's, that ends replies properly when told to stop, and leaves with 0: its own cuts them off, and raises the signal again."""
 
-    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+    def __init__(self, config: uvicorn.Config, service: Service, drain: float) -> None:
         super().__init__(config)
-        self.service = service
+        self.service, self.drain = service, drain
         self.announce = lambda url: None
 
     @contextlib.contextmanager
@@ -215,6 +218,14 @@ class Server(uvicorn.Server):
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, stop)
         yield
+
+    async def shutdown(self, sockets: list | None = None) -> None:
+        ending = asyncio.ensure_future(self.service.finish(self.drain))
+        await super().shutdown(sockets)
+        if self.force_exit:
+            ending.cancel()
+        else:
+            await ending
 
     async def startup(self, sockets: list | None = None) -> None:
         await super().startup(sockets)
