@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from jevons.kernels import library, native
+from jevons.kernels import compiler, native
 from jevons.kernels.attention import absorbed_attention, causal_attention_ref, row_attention
 from jevons.kernels.experts import experts_ref
 from jevons.kernels.quantize import FORMATS, pack, pack_kv_b, pack_swiglu
@@ -252,16 +252,16 @@ def test_a_compiler_that_fails_is_reported(monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", script(tmp_path / "broken", 'case "$1" in --version) echo 1;; *) echo "no such flag" >&2; exit 1;; esac'))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with pytest.warns(UserWarning, match="no such flag"):
-        loaded = library.load.__wrapped__()
-    assert loaded.library is None and "no such flag" in loaded.reason
+        loaded = compiler.load.__wrapped__()
+    assert loaded.functions is None and "no such flag" in loaded.reason
     assert [p.name for p in (tmp_path / "jevons" / "native").iterdir()] == []
 
 
 def test_without_a_compiler_the_reason_says_so(monkeypatch, tmp_path):
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
-    loaded = library.load.__wrapped__()
-    assert loaded.library is None and "C++ compiler" in loaded.reason
+    loaded = compiler.load.__wrapped__()
+    assert loaded.functions is None and "C++ compiler" in loaded.reason
 
 
 def test_several_threads_call_at_once():

@@ -1,7 +1,7 @@
 """The native kernels: products with packed weights, paged attention, experts, and the small steps between them.
 
 Problem: one decoding step reads every weight once; torch's products reach half of the memory's speed at one row, and the
-cores idle between dozens of small operators. Approach: C++ (native/*.cpp, compiled at first use by kernels/library.py) that makes a
+cores idle between dozens of small operators. Approach: C++ (native/*.cpp, compiled at first use by kernels/compiler.py) that makes a
 decoder layer about five calls, with threads of its own and fp32 accumulation. A row's result does not depend on the rows beside it.
 Activations are bf16, or fp32 with weights in fp32. Here are thin wrappers that check shapes and pass pointers. Where
 `available` says no, `reason` says why. Not done: a backward pass.
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from jevons.kernels.library import load
+from jevons.kernels.compiler import load
 from jevons.kernels.quantize import FORMATS, PackedWeight
 
 DTYPE = {torch.float32: 0, torch.bfloat16: 1}
@@ -44,7 +44,7 @@ class _Matrix(ctypes.Structure):
 
 def available() -> bool:
     """Whether the kernels can be used here; compiles them at the first question."""
-    return load().library is not None
+    return load().functions is not None
 
 
 def reason() -> str:
@@ -100,7 +100,7 @@ def linear(
     """norm(x) W^T + bias + residual, (T, N); silu(gate) * up where the weight holds both. `residual` may be `out`."""
     assert weight.stack == 0
     y = _out(x_TD, (len(x_TD), weight.N), out, residual, dtype)
-    load().library.jevons_linear(
+    load().functions.jevons_linear(
         _matrix(weight), *_rows(x_TD, weight.K), *_norm(norm, weight.K), y.data_ptr(), DTYPE[y.dtype], weight.N,
         _pointer(residual), weight.N, threads or torch.get_num_threads(),
     )  # fmt: skip
@@ -120,7 +120,7 @@ def mlp(
     """down(silu(gate) * up) of norm(x), plus the residual. `out` may be `x_TD` or the residual."""
     assert gate_up.swiglu and gate_up.N == down.K and not gate_up.stack and not down.stack
     y = _out(x_TD, (len(x_TD), down.N), out, residual)
-    load().library.jevons_mlp(
+    load().functions.jevons_mlp(
         _matrix(gate_up), _matrix(down), *_rows(x_TD, gate_up.K), *_norm(norm, gate_up.K), y.data_ptr(), _pointer(residual),
         threads or torch.get_num_threads(),
     )  # fmt: skip
@@ -143,7 +143,7 @@ def moe(
     assert experts_TK.dtype == torch.int64 and weights_TK.dtype == torch.float32 and experts_TK.shape == weights_TK.shape
     assert len(experts_TK) == len(x_TD) and experts_TK.is_contiguous() and weights_TK.is_contiguous()
     y = _out(x_TD, (len(x_TD), down.N), out, residual)
-    load().library.jevons_moe(
+    load().functions.jevons_moe(
         _matrix(gate_up), _matrix(down), *_rows(x_TD, gate_up.K), experts_TK.data_ptr(), weights_TK.data_ptr(), experts_TK.shape[1],
         y.data_ptr(), _pointer(residual), threads or torch.get_num_threads(),
     )  # fmt: skip
@@ -155,7 +155,7 @@ def rms_norm(x_TD: Tensor, norm: Norm, *, threads: int = 0) -> Tensor:
     width = x_TD.shape[1]
     y = torch.empty(x_TD.shape, dtype=x_TD.dtype)
     pointer, dtype, rows, stride = _rows(x_TD, width)
-    load().library.jevons_rms_norm(
+    load().functions.jevons_rms_norm(
         pointer, dtype, rows, stride, width, *_norm(norm, width), y.data_ptr(), threads or torch.get_num_threads()
     )
     return y
@@ -202,7 +202,7 @@ def gqa_project(
     assert q_norm is None or k_norm is None or q_norm.eps == k_norm.eps
     qkv = torch.empty(T, heads + 2 * kv_heads, width, dtype=x_TD.dtype)
     q_weight, eps = _norm(q_norm, width)
-    load().library.jevons_gqa_project(
+    load().functions.jevons_gqa_project(
         _matrix(w_qkv), *_rows(x_TD, w_qkv.K), *_norm(norm, w_qkv.K), qkv.data_ptr(), heads, kv_heads, q_weight,
         _norm(k_norm, width)[0], eps, *_turns(cos, sin, T, width), _memory(keys, kv_heads * width, x_TD.dtype),
         _memory(values, kv_heads * width, x_TD.dtype),
@@ -240,7 +240,7 @@ def mla_project(
     assert (w_q_b is None or first == w_q_b.K) and (q_norm is None or q_norm.eps == kv_norm.eps)
     q = torch.empty(T, heads, nope + rope, dtype=x_TD.dtype)
     row = torch.empty(T, latent + rope, dtype=x_TD.dtype)
-    load().library.jevons_mla_project(
+    load().functions.jevons_mla_project(
         _matrix(w_a), None if w_q_b is None else _matrix(w_q_b), *_rows(x_TD, w_a.K), *_norm(norm, w_a.K), _norm(q_norm, first)[0],
         *_norm(kv_norm, latent), q.data_ptr(), row.data_ptr(), heads, nope, rope, latent, interleave, *_turns(cos, sin, T, rope),
         _memory(memory, latent + rope, x_TD.dtype), _slots(slots, T), threads or torch.get_num_threads(),
@@ -264,7 +264,7 @@ def paged_gqa(
     S, N, width = q_SNH.shape
     M, V = keys.shape[1], values.shape[2]
     out = torch.empty(S, N, V, dtype=q_SNH.dtype)
-    load().library.jevons_paged_gqa(
+    load().functions.jevons_paged_gqa(
         q_SNH.data_ptr(), q_SNH.stride(0), _memory(keys, M * width, q_SNH.dtype), _memory(values, M * V, q_SNH.dtype), DTYPE[q_SNH.dtype],
         S, N, M, width, V, *_context(q_SNH, tables, lengths, block_size), scale, out.data_ptr(), threads or torch.get_num_threads(),
     )  # fmt: skip
@@ -288,7 +288,7 @@ def paged_mla(
     nope, latent = w_key.K, w_key.N
     assert w_key.stack == w_value.stack == N and latent == w_value.K
     out = torch.empty(S, N, w_value.N, dtype=q_SNX.dtype)
-    load().library.jevons_paged_mla(
+    load().functions.jevons_paged_mla(
         q_SNX.data_ptr(), q_SNX.stride(0), _memory(memory, latent + width - nope, q_SNX.dtype), DTYPE[q_SNX.dtype], S, N,
         nope, width - nope, *_context(q_SNX, tables, lengths, block_size), _matrix(w_key), _matrix(w_value), scale, out.data_ptr(),
         threads or torch.get_num_threads(),
@@ -321,7 +321,7 @@ def causal(
     else:
         assert table.dtype == torch.int32 and table.is_contiguous() and len(table) * block_size >= context
     out = torch.empty(L, N, V, dtype=torch.bfloat16)
-    load().library.jevons_causal(
+    load().functions.jevons_causal(
         q_LNH.data_ptr(), q_LNH.stride(0), keys.data_ptr(), keys.stride(0), values.data_ptr(), values.stride(0), L, context, N, M, width,
         V, _pointer(table), block_size, scale, out.data_ptr(), threads or torch.get_num_threads(),
     )  # fmt: skip

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from jevons.kernels.library import load
+from jevons.kernels.compiler import load
 
 FORMATS = {"fp32": 0, "bf16": 1, "int8": 2, "int4": 3}
 GROUP = {"fp32": 1, "bf16": 2, "int8": 128, "int4": 32}  # K is padded to a multiple

@@ -38,9 +38,9 @@ PROTOTYPES = {  # what each function takes: p pointer, l long, i int, f float
 
 
 class Loaded(NamedTuple):
-    """The library, or None and the reason."""
+    """The library's functions, or None and the reason."""
 
-    library: Any
+    functions: Any
     reason: str
 
 
