@@ -10,13 +10,15 @@ ARGS ?=
 comma := ,
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
+unexport PYTHONDONTWRITEBYTECODE  # Python starts hundreds of times in the tests, and torch's import takes thrice as long without bytecode
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test check clean
+.PHONY: help setup quickstart test slow check clean
 
 help:
 	@echo "make quickstart   train a small DeepSeek-V3-style model on this machine, minutes on a CPU, and talk to it (ARGS=--no-chat)"
-	@echo "make test         the tests, without the slow ones (ARGS='-k router' passes arguments to pytest)"
+	@echo "make test         the tests but the slow ones, a process a core (ARGS='-k router' passes arguments to pytest, ARGS=-n0 makes it one process)"
+	@echo "make slow         the slow ones: minutes of work, some need a real model (.ci/run brings it)"
 	@echo "make check        ruff and mypy"
 	@echo "make setup        $(VENV) with everything that test and check need"
 	@echo "make clean        remove $(VENV) and caches; runs/ stays"
@@ -24,8 +26,12 @@ help:
 quickstart: $(VENV)/.core
 	@$(BIN)/jevons quickstart $(ARGS)
 
+# Processes share no test's state: one that has no tests left takes some of another's (worksteal), so files are rarely split.
 test: $(VENV)/.dev
-	@$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	@$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow" $(ARGS)
+
+slow: $(VENV)/.dev
+	@$(BIN)/python -m pytest -n auto --dist worksteal -m slow $(ARGS)
 
 check: $(VENV)/.dev
 	@$(BIN)/python -m ruff check .

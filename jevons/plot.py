@@ -2,8 +2,8 @@
 
 A run's report is opened years later, on a phone, without a network; so each chart is HTML that carries its own drawing. The
 curves are paths in an SVG that stretches with the page (strokes do not), and every word is HTML placed by percentages, so
-that text stays readable at any width. Colours are CSS variables: one file serves dark and light. Not done: zooming, bars,
-a grammar of graphics.
+that text stays readable at any width. Colours are CSS variables: one file serves dark and light. Not done: zooming, a
+grammar of graphics.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
-from itertools import pairwise
+from itertools import cycle, pairwise
 from typing import Literal
 
 Point = tuple[float, float]
@@ -27,11 +27,11 @@ EDGES = (0.1, 0.25, 0.5, 0.7, 0.9, 1.11, 1.43, 2.0, 4.0, 10.0)  # of load x expe
 
 @dataclass(frozen=True)
 class Curve:
-    """Points (x ascending, all finite) and how to draw them. `thin` curves are background and get no label."""
+    """Points (x ascending, all finite) and how to draw them. `thin` curves are background without a label; `joined` are dots on one."""
 
     name: str
     points: Sequence[Point]
-    kind: Literal["line", "thin", "dots"] = "line"
+    kind: Literal["line", "thin", "dots", "joined"] = "line"
     colour: str = "accent"  # a CSS variable of the page
 
 
@@ -109,8 +109,10 @@ def duration(seconds: float) -> str:
 
 
 def dollars(money: float) -> str:
-    """Money for people: two decimals, below ten cents two digits."""
-    return f"${money:,.2f}" if money >= 0.1 or money == 0 else f"${number(money, 2)}"
+    """Money for people: two decimals, below ten cents two digits, never an exponent."""
+    if abs(money) >= 0.1 or money == 0:
+        return f"${money:,.2f}"
+    return f"${money:.{1 - math.floor(math.log10(abs(money)))}f}".rstrip("0")
 
 
 def percent(share: float) -> str:
@@ -149,6 +151,11 @@ def is_noisy(points: Sequence[Point]) -> bool:
     return len(ys) > 20 and sum(abs(b - a) for a, b in pairwise(ys)) > 4 * (max(ys) - min(ys))
 
 
+def calm(points: Sequence[Point]) -> Sequence[Point]:
+    """A curve, or where it is noisy its running mean."""
+    return smooth(points) if is_noisy(points) else points
+
+
 def trace(name: str, points: Sequence[Point]) -> list[Curve]:
     """A curve, or where it is noisy its running mean over the thin curve itself."""
     return [Curve("each step", points, "thin"), Curve(name, smooth(points))] if is_noisy(points) else [Curve(name, points)]
@@ -166,28 +173,44 @@ def spread(places: Sequence[float], gap: float) -> list[float]:
     return moved
 
 
-def draw_chart(title: str, curves: Sequence[Curve], height: int = 120, log_ratio: float = math.inf, zero: bool = False) -> str:
-    """One chart of `curves` against steps, `height` pixels high. With one curve its last value stands beside the title, with
-    several each is labelled at its end."""
+def draw_chart(
+    title: str,
+    curves: Sequence[Curve],
+    height: int = 120,
+    log_ratio: float = math.inf,
+    zero: bool = False,
+    against: str = "step",
+    log_x: bool = False,
+) -> str:
+    """One chart of `curves`, `height` pixels high; `against` is what x is, by its logarithm if `log_x`. With one curve its last value
+    stands beside the title, with several each is labelled at its end."""
     curves = [curve for curve in curves if curve.points]
     xs, ys = ([p[k] for curve in curves for p in curve.points] for k in (0, 1))
     first, last = min(xs), max(xs)
-    x_axis, y_axis = Axis(0 if first < 0.05 * last else first, max(last, first + 1)), fit_axis(ys, log_ratio, zero)
+    x_axis, y_axis = Axis(0 if first < 0.05 * last and not log_x else first, max(last, first + 1), log_x), fit_axis(ys, log_ratio, zero)
 
     def unit(point: Point) -> str:
         return f"{round(SIDE * x_axis.place(point[0]))} {round(SIDE * (1 - y_axis.place(point[1])))}"
 
     grid, words, paths = [], [], []
-    for value in y_axis.ticks(5 if height > 200 else 3):
+    ticks = y_axis.ticks(5 if height > 200 else 3)
+    digits = next(d for d in range(3, 18) if d == 17 or len({number(value, d) for value in ticks}) == len(ticks))
+    for value in ticks:
         y = 1 - y_axis.place(value)
         grid.append(f"M0 {round(SIDE * y)}H{SIDE}")
-        words.append(f'<i class="y" style="top:{100 * y:.1f}%">{number(value)}</i>')
+        words.append(f'<i class="y" style="top:{100 * y:.1f}%">{number(value, digits)}</i>')
     for value in x_axis.ticks(5 if height > 200 else 3):
         words.append(f'<i class="x" style="left:{100 * x_axis.place(value):.1f}%">{number(value)}</i>')
     for curve in curves:
         points = thin_out(curve.points)
-        drawn = "".join(f"M{unit(p)}h0" for p in points) if curve.kind == "dots" else "M" + "L".join(unit(p) for p in points)
-        paths.append(f'<path class="{curve.kind}" style="stroke:var(--{curve.colour})" data-name="{escape(curve.name)}" d="{drawn}"/>')
+        dots, line = "".join(f"M{unit(p)}h0" for p in points), "M" + "L".join(unit(p) for p in points)
+        colour, name = f'style="stroke:var(--{curve.colour})"', f'data-name="{escape(curve.name)}"'
+        if curve.kind == "joined":
+            paths.append(f'<path class="thin" {colour} d="{line}"/>')
+        if curve.kind in ("dots", "joined"):
+            paths.append(f'<path class="dots" {colour} {name} d="{dots}"/>')
+        else:
+            paths.append(f'<path class="{curve.kind}" {colour} {name} d="{line}"/>')
     named = [curve for curve in curves if curve.kind != "thin"]
     ends = [curve.points[-1][1] for curve in named]
     aside = ""
@@ -195,16 +218,26 @@ def draw_chart(title: str, curves: Sequence[Curve], height: int = 120, log_ratio
         aside = f'<b style="color:var(--{named[0].colour})">{number(ends[0])}</b>'
     else:
         for curve, end, top in zip(named, ends, spread([1 - y_axis.place(end) for end in ends], 38 / height)):
-            label = f"<b>{end:.2f}</b>" if 1 <= abs(end) < 100 else f"<b>{number(end)}</b>"
+            label = f"<b>{end:.2f}</b>" if 1 <= abs(end) < 10 else f"<b>{number(end)}</b>"
             words.append(f'<i class="end" style="top:{100 * top:.1f}%;color:var(--{curve.colour})">{label}{escape(curve.name)}</i>')
-    scale = f"{x_axis.low} {x_axis.high} {y_axis.low} {y_axis.high} {int(y_axis.log)}"
+    scale = f"{x_axis.low} {x_axis.high} {y_axis.low} {y_axis.high} {int(y_axis.log)} {int(log_x)}"
     note = " <small>log scale</small>" if y_axis.log else ""
     return (
         f'<figure class="chart{" wide" if len(named) > 1 else ""}"><figcaption>{escape(title)}{note}{aside}</figcaption>'
-        f'<div class="plot" style="height:{height}px" data-scale="{scale}">'
-        f'<svg viewBox="0 0 {SIDE} {SIDE}" preserveAspectRatio="none" role="img" aria-label="{escape(title)} against steps">'
+        f'<div class="plot" style="height:{height}px" data-scale="{scale}" data-x="{against}">'
+        f'<svg viewBox="0 0 {SIDE} {SIDE}" preserveAspectRatio="none" role="img" aria-label="{escape(title)} against {against}">'
         f'<path class="grid" d="{"".join(grid)}"/>{"".join(paths)}</svg>{"".join(words)}</div></figure>'
     )
+
+
+def draw_bars(rows: Sequence[tuple[str, float, str, float | None]], colours: Sequence[str] = ("right",)) -> str:
+    """A bar a row: its name, its length (0 to 1), what stands at its end, and the length of a thin grey one above it, if any."""
+    bars = ""
+    for (name, length, text, was), colour in zip(rows, cycle(colours)):
+        above = f'<i class="was" style="width:{100 * was:.1f}%"></i>' if was is not None else ""
+        bar = f'{above}<i style="width:{100 * length:.1f}%;background:var(--{colour})"></i>'
+        bars += f"<dt>{escape(name)}</dt><dd>{bar}</dd><dd>{escape(text)}</dd>"
+    return f'<dl class="bars">{bars}</dl>'
 
 
 def mean_loads(loads: Sequence[Sequence[Sequence[float]]], columns: int) -> list[list[list[float]]]:
@@ -270,10 +303,10 @@ def draw_legend() -> str:
 
 # One sheet for page and charts, on one set of colours.
 STYLE = """
-:root{--page:#fcfcfa;--card:#fff;--ink:#17191d;--dim:#686d76;--line:#e7e7e3;--accent:#2463d1;--second:#d4570b;--right:#15803d;
+:root{--page:#fcfcfa;--card:#fff;--ink:#17191d;--dim:#686d76;--line:#e7e7e3;--accent:#2463d1;--second:#d4570b;--third:#7a4fd0;--fourth:#0b8a8a;--right:#15803d;
 --wrong:#c02626;--cold:#2463d1;--hot:#d43d0b;--even:#eeeeea;--sans:system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;
 --mono:ui-monospace,"SF Mono",Menlo,Consolas,monospace}@media(prefers-color-scheme:dark){:root{--page:#111316;--card:#181b1f;--ink:#eceae6;
---dim:#979ca6;--line:#2a2e34;--accent:#75a7ff;--second:#ff9d5c;--right:#4cc38a;--wrong:#ff7a70;--cold:#4c8dff;--hot:#ff7a3d;--even:#24282d}}
+--dim:#979ca6;--line:#2a2e34;--accent:#75a7ff;--second:#ff9d5c;--third:#b694ff;--fourth:#4fc7c7;--right:#4cc38a;--wrong:#ff7a70;--cold:#4c8dff;--hot:#ff7a3d;--even:#24282d}}
 *{box-sizing:border-box}html{-webkit-text-size-adjust:100%}body{margin:0;background:var(--page);color:var(--ink);font:15px/1.55 var(--sans)}
 main{max-width:1040px;margin:0 auto;padding:52px 28px 80px}h1{font-size:40px;line-height:1.1;letter-spacing:-.025em;margin:0 0 14px;
 font-weight:700;overflow-wrap:anywhere}.meta{color:var(--dim);font-size:13px;margin:0 0 10px}.summary{font-size:19px;line-height:1.5;
@@ -287,13 +320,15 @@ letter-spacing:-.02em;font-variant-numeric:tabular-nums;white-space:nowrap}.trac
 background:var(--line);margin:5px 0 8px}.track i{position:absolute;inset:0 auto;border-radius:2px;background:var(--right);opacity:.45}
 .track b{position:absolute;top:-3px;width:3px;height:10px;margin-left:-1.5px;border-radius:2px;background:var(--right)}.grid{display:grid;
 grid-template-columns:repeat(auto-fill,minmax(min(290px,100%),1fr));gap:16px 28px;margin-top:40px}.samples{display:grid;
-grid-template-columns:repeat(auto-fit,minmax(min(420px,100%),1fr));gap:20px;align-items:start}article{background:var(--card);
+grid-template-columns:repeat(auto-fit,minmax(min(420px,100%),1fr));gap:20px;align-items:start}.whole{grid-template-columns:1fr}article{background:var(--card);
 border:1px solid var(--line);border-radius:12px;padding:16px 18px;min-width:0}h4{font-size:15px;margin:0 0 10px;display:flex;gap:12px;
 justify-content:space-between;align-items:baseline}h4 small{color:var(--dim);font-weight:400;font-size:13px;text-align:right}
 code,pre{font:13px/1.5 var(--mono);margin:0;white-space:pre-wrap;overflow-wrap:anywhere;unicode-bidi:isolate}h4 code{font-weight:600;
 font-size:14px}ol{list-style:none;margin:0;padding:0}li{display:flex;gap:10px;padding:8px 0;border-top:1px solid var(--line)}
 li>span{flex:0 0 3.2em;color:var(--dim);font-size:12px;line-height:20px;text-align:right;font-variant-numeric:tabular-nums}
-li>div{min-width:0;flex:1}li small,em{color:var(--dim);font-size:12px}.mark{font-style:normal;font-weight:700;width:1em;line-height:20px;
+li>div{min-width:0;flex:1}.answers{display:grid;
+grid-template-columns:repeat(auto-fit,minmax(min(300px,100%),1fr));gap:8px 24px}.answer{display:flex;gap:10px;min-width:0}.answer>div{
+min-width:0;flex:1}li small,em{color:var(--dim);font-size:12px}.mark{font-style:normal;font-weight:700;width:1em;line-height:20px;
 color:var(--dim)}.mark.right{color:var(--right)}.mark.wrong{color:var(--wrong)}.thought{color:var(--dim);font-size:12px}
 summary{cursor:pointer;color:var(--dim);font-size:13px}article>details{margin-top:10px}.bars{display:grid;
 grid-template-columns:auto 1fr auto;gap:5px 10px;margin:0;font-size:13px;align-items:center;font-variant-numeric:tabular-nums}
@@ -320,6 +355,14 @@ background:var(--ink);color:var(--page);z-index:2;line-height:1.45;white-space:p
 .heat .y.last{transform:translateY(-100%)}.heat .x.first{transform:none}.heat .x.last{transform:translateX(-100%)}.legend{max-width:330px;
 font-size:11px;color:var(--dim);margin:14px 0 4px}.legend i{font-style:normal;position:absolute;transform:translateX(-50%);
 white-space:nowrap}.swatches{display:flex}.swatches svg{flex:1;height:10px}.words{position:relative;height:18px;margin-top:3px}
+.track.was{margin-bottom:2px}.track.was i,.track.was b{background:var(--dim)}.intervals{margin:44px 0 0}.intervals dl{display:grid;
+grid-template-columns:fit-content(40%) 1fr auto;gap:12px 18px;align-items:center;margin:14px 0 0;font-size:14px}.intervals dd{margin:0;
+font-variant-numeric:tabular-nums;font-weight:600}.intervals dt{overflow-wrap:anywhere}.intervals .track{height:6px}.intervals .track b{
+height:12px}.ticks{position:relative;height:1em}.ticks i{position:absolute;transform:translateX(-50%);font:11px/1 var(--sans);
+color:var(--dim)}.plain tr:last-child td,.plain tr:last-child th{font-weight:400;border-bottom:1px solid var(--line)}.plain th:first-child{
+color:var(--ink);min-width:8em}
+.plot .end{max-width:76px;overflow:hidden;text-overflow:ellipsis}
+.bars .was{height:3px;background:var(--dim);margin-bottom:1px}
 """ + "\n".join(
     f".h{level}{{stroke:color-mix(in oklab,var(--{'cold' if level < 5 else 'hot'}) {100 * (abs(level - 5) / 5) ** 0.8:.0f}%,var(--even))}}"
     for level in range(len(EDGES) + 1)
@@ -342,10 +385,10 @@ for(const plot of document.querySelectorAll('.plot')){
       const expert=Math.floor((event.clientY-box.top)/box.height*plot.dataset.experts),k=+level[1];
       words=`expert ${expert}, step ${show(steps[column])}\\n`+(k<10?`${edges[k]} to ${edges[k+1]}`:`over ${edges[k]}`)+' x its fair share';
     }else{
-      const [x0,x1,y0,y1,log]=plot.dataset.scale.split(' ').map(Number);
+      const [x0,x1,y0,y1,log,logX]=plot.dataset.scale.split(' ').map(Number);
       const near=curves.map(([name,dots,points])=>[name,dots,points.reduce((a,b)=>Math.abs(b[0]-u*SIDE)<Math.abs(a[0]-u*SIDE)?b:a)]);
       at=(near.find(n=>!n[1])||near[0])[2][0]/SIDE;
-      words=`step ${show(Math.round(x0+at*(x1-x0)))}`+near.map(([name,,p])=>{const v=1-p[1]/SIDE;
+      words=`${plot.dataset.x} ${show(Math.round(logX?x0*Math.pow(x1/x0,at):x0+at*(x1-x0)))}`+near.map(([name,,p])=>{const v=1-p[1]/SIDE;
         return '\\n'+name+'  '+show(log?y0*Math.pow(y1/y0,v):y0+v*(y1-y0))}).join('');
     }
     read.textContent=words;read.style.left=cursor.style.left=100*at+'%';read.style.transform=`translateX(-${100*at}%)`;plot.append(cursor,read);

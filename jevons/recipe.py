@@ -16,134 +16,59 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError, model_validator
 
 from jevons.model.config import ModelConfig
 from jevons.model.family import to_hf
-from jevons.tasks.task import get_task
+from jevons.section import Evaluate, Planning, Prepare, Pretrain, Rl, Section, Sft, TaskMix
 
-STAGES = ("prepare", "pretrain", "evaluate")
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class TaskMix(Section):
-    """One family of generated problems: its share of the documents, and its options (difficulty, operations, ...)."""
-
-    task: str
-    share: float = Field(1.0, gt=0)
-    turns: int = Field(1, ge=1)  # a conversation asks one to this many problems, one after the other
-    options: dict[str, Any] = {}
-
-    @model_validator(mode="after")
-    def _exists(self) -> TaskMix:
-        get_task(self.task, **self.options)
-        return self
-
-
-class Prepare(Section):
-    """Text into token shards. From `sources` (files, folders, datasets:NAME) or from generated `tasks`; not both."""
-
-    sources: tuple[str, ...] = ()
-    field: str | None = None  # of JSON lines and Parquet; None: text or messages, whichever is there
-    tasks: tuple[TaskMix, ...] = ()
-    documents: int = Field(0, ge=0)  # how many conversations to generate from tasks; sources are read whole
-    tokenizer: str | None = None  # a folder with tokenizer.json; None: train one of model.vocab_size
-    loss_on: Literal["all", "assistant"] = "all"  # which tokens are learned from; assistant needs messages
-    validation_share: float = Field(0.01, gt=0, lt=0.5)
-    processes: int = Field(2, ge=1)
-    bad_lines: int = Field(100, ge=0)  # empty or malformed lines before preparing stops
-
-    @model_validator(mode="after")
-    def _one_origin(self) -> Prepare:
-        if bool(self.sources) == bool(self.tasks):
-            raise ValueError("sources: give either these or tasks")
-        if self.tasks and not self.documents:
-            raise ValueError("documents: say how many to generate from tasks")
-        if self.sources and self.documents:
-            raise ValueError("documents: counts generated problems; sources are read whole")
-        return self
-
-
-class Pretrain(Section):
-    """Next-token prediction over the shards."""
-
-    steps: int = Field(ge=1)
-    sequence_length: int = Field(ge=8)
-    batch_size: int = Field(ge=1)  # sequences a step, over all micro-batches
-    micro_batch_size: int | None = Field(None, ge=1)  # sequences at once; None: the whole batch
-    lr: float = Field(gt=0)
-    minimum_lr: float = Field(0.0, ge=0)
-    schedule: Literal["constant", "cosine", "wsd"] = "cosine"
-    warmup_steps: int = Field(0, ge=0)
-    decay_steps: int = Field(0, ge=0)  # length of wsd's last phase
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = Field(0.1, ge=0)
-    clip: float = Field(1.0, ge=0)  # of the gradient's global norm; 0: none
-    mtp_weight: float = Field(0.3, ge=0)
-    balance_weight: float = Field(1e-4, ge=0)
-    bias_speed: float = Field(1e-3, ge=0)
-    split_documents: bool = True  # attention stays inside documents
-    recompute: bool = False
-    compile: bool = False
-    log_every: int = Field(10, ge=1)  # steps between rows of metrics
-    evaluate_every: int = Field(0, ge=0)  # steps between validations; 0: at the start and the end only
-    evaluate_windows: int = Field(32, ge=1)
-    sample_every: int = Field(0, ge=0)  # steps between sample replies; 0: at the end only
-    save_every: int = Field(0, ge=0)  # steps between checkpoints; 0: at the end only
-    keep_last: int = Field(2, ge=1)
-
-    @model_validator(mode="after")
-    def _fits(self) -> Pretrain:
-        if self.micro_batch_size and self.batch_size % self.micro_batch_size:
-            raise ValueError(f"micro_batch_size: {self.micro_batch_size} does not divide batch_size {self.batch_size}")
-        if self.warmup_steps >= self.steps:
-            raise ValueError(f"warmup_steps: must be less than steps {self.steps}, is {self.warmup_steps}")
-        if self.schedule == "wsd" and not 0 < self.decay_steps <= self.steps - self.warmup_steps:
-            raise ValueError(f"decay_steps: wsd needs 1 to steps - warmup_steps = {self.steps - self.warmup_steps}, is {self.decay_steps}")
-        if self.schedule != "wsd" and self.decay_steps:
-            raise ValueError(f"decay_steps: only wsd has them, schedule is {self.schedule!r}")
-        if self.minimum_lr > self.lr:
-            raise ValueError(f"minimum_lr: {self.minimum_lr} is more than lr {self.lr}")
-        return self
-
-
-class Evaluate(Section):
-    """Held-out problems of the tasks, answered greedily, and bits per byte on held-out text."""
-
-    problems: int = Field(200, ge=1)  # of each task
-    max_tokens: int = Field(256, ge=1)
-    examples: int = Field(8, ge=0)
-    windows: int = Field(64, ge=1)  # of validation text
+STAGES = ("prepare", "pretrain", "sft", "rl", "evaluate")
+TRAINING = ("pretrain", "sft", "rl")  # each leaves a model
 
 
 class Recipe(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # auto: bfloat16 where the device multiplies it, else float32
     price_per_hour: float = Field(0.0, ge=0)  # of one device, in dollars
     model: dict[str, Any]
     prepare: Prepare | None = None
     pretrain: Pretrain | None = None
+    sft: Sft | None = None
+    rl: Rl | None = None
     evaluate: Evaluate | None = None
+    plan: Planning | None = None
 
     @model_validator(mode="after")
     def _stages_fit(self) -> Recipe:
         if self.pretrain and not self.prepare:
             raise ValueError("[pretrain] needs [prepare]: there is nothing to train on")
-        if self.evaluate and not self.pretrain:
-            raise ValueError("[evaluate] needs [pretrain]: there is no model to evaluate")
+        if "path" not in self.model:
+            for stage in ("sft", "rl", "evaluate"):
+                if getattr(self, stage) and not self.pretrain:
+                    raise ValueError(f"[{stage}] needs [pretrain], or model.path: there is no model to begin with")
         if not self.stages:
-            raise ValueError("the recipe has no stage; add [prepare], [pretrain] or [evaluate]")
+            raise ValueError(f"the recipe has no stage; add one of {', '.join(f'[{stage}]' for stage in STAGES)}")
+        if self.evaluate and not self.task_mixes and not self.prepare:
+            raise ValueError("[evaluate] needs tasks: there is nothing to measure; add [[evaluate.tasks]]")
         if self.pretrain and "path" not in self.model:
             limit = self.config().max_position_embeddings
             if self.pretrain.sequence_length > limit:
                 given = self.pretrain.sequence_length
                 raise ValueError(f"pretrain.sequence_length: {given} is more than model.max_position_embeddings {limit}")
+            self.pretrain.check_memory(self.config())
         return self
+
+    @property
+    def task_mixes(self) -> tuple[TaskMix, ...]:
+        """The tasks that the run's models are measured on."""
+        sections = (self.evaluate, self.rl, self.sft, self.prepare)
+        return next((section.tasks for section in sections if section is not None and section.tasks), ())
+
+    def settle(self, dtype: str) -> Recipe:
+        """With `dtype` in place of "auto"."""
+        return self.model_copy(update={"dtype": dtype}) if self.dtype == "auto" else self
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -252,16 +177,19 @@ def override(values: dict[str, Any], assignments: Sequence[str]) -> None:
         target[leaf] = value
 
 
+def built_in() -> dict[str, Path]:
+    """The recipes that come with Jevons, by name."""
+    package = Path(__file__).parent
+    return {file.stem: file for folder in (package.parent / "recipes", package / "recipes") for file in sorted(folder.glob("*.toml"))}
+
+
 def find(name: str) -> Path:
     """A recipe file by path, or one that comes with Jevons by its bare name."""
     path = Path(name)
     if path.is_file():
         return path
-    package = Path(__file__).parent
-    for folder in (package / "recipes", package.parent / "recipes"):
-        # a name with folders in it is a mistyped path, not ours
-        if path.name == name and (built_in := folder / f"{name.removesuffix('.toml')}.toml").is_file():
-            return built_in
+    if ours := built_in().get(name.removesuffix(".toml")):
+        return ours
     raise ValueError(f"{name}: no such recipe file, and none of that name comes with Jevons")
 
 

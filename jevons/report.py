@@ -11,17 +11,17 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import math
-import tomllib
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from jevons import plot
+from jevons.chapter import clip, draw_reply, draw_stage, mark
+from jevons.cost.receipt import format_bytes, format_difference
 from jevons.data.disk import write_text
-from jevons.plot import Curve, Point, dollars, duration, number, percent, scientific, smooth
+from jevons.plot import dollars, duration, number, percent, scientific, smooth
+from jevons.record import Record, Stage, read_run
 
 STAGES = {  # the field's verb for the summary, its noun for headings
     "pretrain": ("pretrained", "Pretraining"),
@@ -29,159 +29,40 @@ STAGES = {  # the field's verb for the summary, its noun for headings
     "distill": ("distilled", "Distillation"),
     "rl": ("taught by reinforcement", "Reinforcement learning"),
 }
-FIELDS: dict[str, tuple[str, dict[str, Any]]] = {  # small charts: title, plot.draw_chart's options
-    "lr": ("Learning rate", {"zero": True}),
-    "tokens_per_second": ("Tokens per second", {"zero": True}),
-    "grad_norm": ("Gradient norm", {"log_ratio": 10}),
-    "mtp_loss": ("Multi-token-prediction loss", {"log_ratio": 3}),
-    "balance_loss": ("Balance loss", {"log_ratio": 30}),
-    "max_violation": ("Worst overload of an expert", {"zero": True}),
-}
 QUANTITIES = {  # of the receipt
     "tokens": "tokens", "flops": "FLOPs", "seconds": "time", "tokens_per_second": "tokens per second", "tflops": "TFLOPS",
-    "share_of_peak": "share of peak", "device": "device", "device_hours": "device-hours", "price_per_hour": "price of an hour",
-    "money": "money",
+    "share_of_peak": "share of peak", "memory": "peak memory", "device": "device", "device_hours": "device-hours",
+    "price_per_hour": "price of an hour", "money": "money",
 }  # fmt: skip
 SHOWN: dict[str, Callable[[Any], str]] = {
-    "flops": scientific, "seconds": duration, "share_of_peak": percent, "device": str, "price_per_hour": dollars, "money": dollars,
+    "flops": scientific, "seconds": duration, "share_of_peak": percent, "memory": format_bytes, "device": str,
+    "price_per_hour": dollars, "money": dollars,
 }  # fmt: skip
-ELSEWHERE = {"loss", "validation_loss", "bits_per_byte", "tokens", "seconds", "money"}  # drawn large or told in words
-DEAD = 0.05  # of its fair share: an expert that gets less at the end is called dead
-PROBLEMS, ROUNDS = 4, 12  # sampled problems a stage, replies a problem
-LETTERS = 3000  # of one reply
-
-
-@dataclass
-class Stage:
-    """One stage's metrics, by step. A step written twice (a resumed run repeats some) keeps its last value."""
-
-    series: dict[str, dict[int, float]] = field(default_factory=dict)
-    loads: dict[int, list[list[float]]] = field(default_factory=dict)  # step -> [layer][expert]
-    samples: dict[str, dict[int, dict[str, Any]]] = field(default_factory=dict)  # prompt -> step -> sample
-
-    def points(self, name: str) -> list[Point]:
-        """The finite values of a field, by step."""
-        return [(step, value) for step, value in sorted(self.series.get(name, {}).items()) if math.isfinite(value)]
-
-    def last(self, name: str) -> float | None:
-        values = self.series.get(name)
-        return values[max(values)] if values else None
-
-
-@dataclass
-class Run:
-    """All that a run's folder says, in memory. Missing files are None or empty."""
-
-    name: str
-    recipe_text: str | None
-    recipe: dict[str, Any]
-    environment: dict[str, Any]
-    stages: dict[str, Stage]
-    torn: int  # lines at the end of metrics.jsonl that a kill cut short
-    evaluation: dict[str, Any]
-    receipt: dict[str, Any]
-
-    def total(self, name: str, *, training: bool = False) -> float | None:
-        """Tokens, seconds or money of the whole run, or of its training stages alone: the receipt's, or the metrics' latest."""
-        if self.receipt:
-            if name in self.receipt["total"] and not training:
-                return self.receipt["total"][name]
-            values = [stage[name] for stage in self.receipt["stages"] if not training or stage["stage"] in self.stages]
-        else:
-            values = [stage.last(name) for stage in self.stages.values()]
-        known = [value for value in values if value is not None]
-        return sum(known) if known else None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, empty where there is no file. Raises ValueError naming the file where it is not one."""
-    if not path.exists():
-        return {}
-    try:
-        value = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error}); delete it or write it again") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: holds a {type(value).__name__}, not an object; delete it or write it again")
-    return value
-
-
-def read_metrics(path: Path) -> tuple[dict[str, Stage], int]:
-    """The stages of a metrics.jsonl in order of appearance, and the number of torn lines: 1 if a kill cut the last one short.
-
-    Raises ValueError naming file and line for any other line that is no metrics row.
-    """
-    stages: dict[str, Stage] = {}
-    lines = path.read_bytes().split(b"\n") if path.exists() else []
-    last = max((i for i, line in enumerate(lines, 1) if line.strip()), default=0)
-    for i, line in enumerate(lines[:last], 1):
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            if i == last:
-                return stages, 1
-            raise ValueError(f"{path} line {i}: not JSON ({error}); remove the line") from error
-        if not isinstance(row, dict) or not isinstance(row.get("stage"), str) or not isinstance(row.get("step"), int):
-            raise ValueError(f"{path} line {i}: needs a string `stage` and a whole `step`; remove the line")
-        stage, step = stages.setdefault(row["stage"], Stage()), row["step"]
-        if row.get("loads"):  # a dense model has none
-            shape = [len(layer) for layer in row["loads"]]
-            if stage.loads and shape != [len(layer) for layer in next(iter(stage.loads.values()))]:
-                raise ValueError(f"{path} line {i}: `loads` has {shape} experts by layer, other rows of this stage differ; remove the line")
-            stage.loads[step] = row["loads"]
-        elif "sample" in row:
-            stage.samples.setdefault(str(row["sample"]["prompt"]), {})[step] = row["sample"]
-        for name, value in row.items():
-            if name != "step" and isinstance(value, int | float) and not isinstance(value, bool):
-                stage.series.setdefault(name, {})[step] = value
-    return stages, 0
-
-
-def read_run(folder: Path) -> Run:
-    """Reads a run's folder, whatever part of it is there. Raises ValueError naming the file that cannot be read."""
-    path = folder / "recipe.toml"
-    text = path.read_text(encoding="utf-8") if path.exists() else None
-    try:
-        recipe = tomllib.loads(text or "")
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{path}: not TOML ({error}); restore it from the recipe that was run") from error
-    stages, torn = read_metrics(folder / "metrics.jsonl")
-    return Run(
-        name=str(recipe.get("name") or folder.resolve().name),
-        recipe_text=text,
-        recipe=recipe,
-        environment=read_json(folder / "environment.json"),
-        stages=stages,
-        torn=torn,
-        evaluation=read_json(folder / "evaluate" / "results.json"),
-        receipt=read_json(folder / "receipt.json"),
-    )
-
-
-def clip(value: Any, letters: int = LETTERS) -> str:
-    """Escaped text, cut after so many letters with a word on what is missing."""
-    text = str(value)
-    rest = f" <em>({len(text) - letters:,} more characters)</em>" if len(text) > letters else ""
-    return escape(text[:letters]) + rest
 
 
 def tile(label: str, value: str, note: str = "", extra: str = "") -> str:
     return f'<div class="tile"><span>{label}</span><strong>{value}</strong>{extra}<small>{note}</small></div>'
 
 
-def interval(task: dict[str, Any]) -> str:
+def interval(task: dict[str, Any], kind: str = "") -> str:
     """A 0..100% track with a task's interval as a band and its accuracy as a mark."""
     low, high, at = (100 * task[name] for name in ("low", "high", "accuracy"))
-    return f'<div class="track"><i style="left:{low:.1f}%;width:{high - low:.1f}%"></i><b style="left:{at:.1f}%"></b></div>'
+    return f'<div class="track{kind}"><i style="left:{low:.1f}%;width:{high - low:.1f}%"></i><b style="left:{at:.1f}%"></b></div>'
 
 
-def draw_summary(run: Run) -> str:
+def pairs(run: Record) -> list[tuple[dict[str, Any] | None, dict[str, Any]]]:
+    """The results of each task, those of the model that reinforcement learning began with beside them where there are."""
+    after, before = run.evaluation.get("tasks", []), run.evaluation.get("before", {}).get("tasks", [])
+    return list(zip(before or [None] * len(after), after))
+
+
+def draw_summary(run: Record) -> str:
     """What was trained, how well it went, what it cost, in one sentence each."""
     model = run.recipe.get("model", {})
     experts, chosen = model.get("n_routed_experts"), model.get("num_experts_per_tok")
     size = run.environment.get("parameters")
     kind = "mixture of experts" if experts else "language model"
-    words = f"A {number(size)}-parameter {kind}" if size else f"A {kind}"
+    words = f"A{'n' * (number(size)[0] == '8')} {number(size)}-parameter {kind}" if size else f"A {kind}"
     parts = [f"{model['num_hidden_layers']} layers"] if "num_hidden_layers" in model else []
     parts += [f"{model['hidden_size']} wide"] if "hidden_size" in model else []
     parts += [f"{experts} experts of which {chosen} serve each token"] if experts and chosen else []
@@ -193,18 +74,25 @@ def draw_summary(run: Run) -> str:
     words += f" on {number(tokens)} tokens" if tokens else ""
     words += f" in {duration(seconds)}" if seconds else ""
     words += f" for {dollars(money)}" if money is not None else ""
-    tasks = run.evaluation.get("tasks", [])
-    if tasks:
-        words += ". It solves " + ", ".join(f"{percent(task['accuracy'])} of {escape(task['task'])}" for task in tasks)
+    solved = []
+    for before, task in pairs(run):
+        solved.append(f"{percent(task['accuracy'])} of {escape(task['task'])}")
+        solved[-1] += f" ({percent(before['accuracy'])} before reinforcement learning)" if before else ""
+    words += f". It solves {', '.join(solved)}" if solved else ""
     return f'<p class="summary">{words}.</p>'
 
 
-def draw_tiles(run: Run) -> str:
+def draw_tiles(run: Record) -> str:
     tiles = []
-    for task in run.evaluation.get("tasks", []):
+    for before, task in pairs(run):
+        value, extra = percent(task["accuracy"]), interval(task)
         note = f"{percent(task['low'])} to {percent(task['high'])}, {task['problems']:,} problems"
-        tiles.append(tile(escape(task["task"]), percent(task["accuracy"]), note, interval(task)))
-    stages = [stage for stage in run.stages.values() if "loss" in stage.series or "validation_loss" in stage.series]
+        if before:
+            value, extra = f"{percent(before['accuracy'])} &rarr; {value}", interval(before, " was") + extra
+            gain, low, high = (100 * task["gain"][name] for name in ("value", "low", "high"))
+            note = f"{gain:+.3g} points ({low:+.3g} to {high:+.3g}), {task['problems']:,} problems"
+        tiles.append(tile(escape(task["task"]), value, note, extra))
+    stages = [s for s in run.stages.values() if ("loss" in s.series or "validation_loss" in s.series) and "reward" not in s.series]
     stage = stages[0] if stages else Stage()
     loss = run.evaluation.get("validation_loss", stage.last("validation_loss"))
     if loss is not None:
@@ -229,112 +117,38 @@ def draw_tiles(run: Run) -> str:
     return f'<div class="tiles">{"".join(tiles)}</div>' if tiles else ""
 
 
-def draw_reply(reply: str) -> str:
-    """A reply with its reasoning dimmed, folded where it is long. Accepts replies that were cut off while reasoning."""
-    before, closed, answer = reply.partition("</think>")
-    if not closed and not reply.startswith("<think>"):
-        return f"<pre>{clip(reply)}</pre>"
-    reasoning = before.removeprefix("<think>").strip()
-    thought = f'<pre class="thought">{clip(reasoning)}</pre>'
-    if len(reasoning) > 160:
-        thought = f"<details><summary>reasoning, {len(reasoning):,} characters</summary>{thought}</details>"
-    final = f"<pre>{clip(answer.strip())}</pre>" if closed else "<em>no answer: cut off while reasoning</em>"
-    return (thought if reasoning else "") + final
+def draw_bars(before: dict[str, Any], task: dict[str, Any], field: str) -> str:
+    """Accuracies by difficulty or category, those before above those after."""
+    was = before.get(field, {})
+    rows = [(str(level), share, percent(share), was.get(level)) for level, share in task.get(field, {}).items()]
+    return f'<p class="note">by {field.removeprefix("by_")}</p>{plot.draw_bars(rows)}' if rows else ""
 
 
-def mark(correct: bool | None) -> str:
-    name, sign = {True: ("right", "&#10003;"), False: ("wrong", "&#10007;"), None: ("unjudged", "&#183;")}[correct]
-    return f'<i class="mark {name}" title="{name}">{sign}</i>'
+def draw_examples(task: dict[str, Any]) -> str:
+    """Replies to a few problems, folded, the mistakes first."""
+    chosen = sorted(task.get("examples", []), key=lambda example: bool(example["correct"]))[:10]
+    rows = "".join(
+        f'<li>{mark(example["correct"])}<div><pre><b>{clip(example["prompt"], 1000)}</b></pre>{draw_reply(str(example["reply"]))}'
+        f'<small>expected {clip(example["answer"], 300)}</small></div></li>'
+        for example in chosen
+    )
+    return f"<details><summary>Replies, mistakes first</summary><ol>{rows}</ol></details>" if rows else ""
 
 
-def draw_samples(stage: Stage) -> str:
-    """The replies to each sampled problem over time, the problems seen most often first."""
-    problems = sorted(stage.samples.items(), key=lambda item: -len(item[1]))
+def draw_evaluation(run: Record) -> str:
+    """Each task by difficulty and category, with examples; before reinforcement learning in grey."""
     cards = []
-    for prompt, by_step in problems[:PROBLEMS]:
-        steps = sorted(by_step)
-        shown = sorted({steps[i * (len(steps) - 1) // max(min(ROUNDS, len(steps)) - 1, 1)] for i in range(min(ROUNDS, len(steps)))})
-        rows = "".join(
-            f'<li>{mark(by_step[step].get("correct"))}<span>{number(step)}</span><div>{draw_reply(str(by_step[step]["reply"]))}</div></li>'
-            for step in shown
-        )
-        right = sum(bool(by_step[step].get("correct")) for step in steps)
-        head = f"<h4><code>{clip(prompt, 600)}</code><small>right {right} of {len(steps)} times</small></h4>"
-        cards.append(f"<article>{head}<ol>{rows}</ol></article>")
-    if not cards:
-        return ""
-    rest = f'<p class="note">{len(problems) - PROBLEMS} more problems in metrics.jsonl.</p>' if len(problems) > PROBLEMS else ""
-    return f'<h3>The same problems, step by step</h3><div class="samples">{"".join(cards)}</div>{rest}'
-
-
-def draw_experts(stage: Stage) -> str:
-    """Heat maps of the experts' loads, after a sentence on those that nobody uses."""
-    if not stage.loads:
-        return ""
-    steps = sorted(stage.loads)
-    loads = [stage.loads[step] for step in steps]
-    ending = plot.mean_loads(loads[-max(1, len(loads) // 10) :], 1)
-    ends = {(index, expert): row[0] for index, layer in enumerate(ending) for expert, row in enumerate(layer)}
-    dead = [place for place, load in ends.items() if load < DEAD]
-    (layer, expert), least = min(ends.items(), key=lambda item: item[1])
-    (top_layer, top_expert), most = max(ends.items(), key=lambda item: item[1])
-    words = f"At the end the least used expert gets {percent(least)} of its fair share (MoE layer {layer}, expert {expert}), "
-    words += f"the most used {percent(most)} (MoE layer {top_layer}, expert {top_expert}). "
-    if dead:
-        names = ", ".join(f"layer {i} expert {e}" for i, e in dead[:8]) + (f" and {len(dead) - 8} more" if dead[8:] else "")
-        words += f'<b class="alarm">{len(dead)} of {len(ends)} experts are dead</b> (below {percent(DEAD)} of their share): {names}.'
-    else:
-        words += "No expert is dead."
-    words += f" {len(ending) - plot.LAYERS} of {len(ending)} layers are left out." if len(ending) > plot.LAYERS else ""
-    words += " Experts go down, steps across; the colour is load over fair share."
-    return f'<h3>Load of the experts</h3><p class="note">{words}</p>{plot.draw_legend()}{plot.draw_heats(steps, loads)}'
-
-
-def draw_stage(title: str, stage: Stage) -> str:
-    """One stage: its loss large, every other number small, its experts and its samples."""
-    train, checks = stage.points("loss"), stage.points("validation_loss")
-    body = ""
-    for broken in (name for name, values in stage.series.items() if len(stage.points(name)) < len(values)):
-        first = min(step for step, value in stage.series[broken].items() if not math.isfinite(value))
-        body += f'<p class="note"><b class="alarm">{escape(broken)} is not finite</b> from step {first:,}.</p>'
-    if train or checks:
-        curves = [*plot.trace("training", train), Curve("validation", checks, "dots", "second")]
-        body += plot.draw_chart("Loss, nats per token", curves, 280, log_ratio=3)
-    small = ""
-    for name in dict.fromkeys([*FIELDS, *stage.series]):
-        if name not in ELSEWHERE and len(stage.points(name)) >= 2:
-            label, options = FIELDS.get(name, (name.replace("_", " "), {}))
-            small += plot.draw_chart(label, plot.trace(label, stage.points(name)), **options)
-    body += f'<div class="grid small">{small}</div>' if small else ""
-    body += draw_samples(stage) + draw_experts(stage)
-    return f"<section><h2>{escape(title)}</h2>{body}</section>" if body else ""
-
-
-def draw_evaluation(run: Run) -> str:
-    """Each task by difficulty, with examples: the mistakes first."""
-    cards = []
-    for task in run.evaluation.get("tasks", []):
-        bars = "".join(
-            f'<dt>{escape(str(level))}</dt><dd><i style="width:{100 * share:.1f}%"></i></dd><dd>{percent(share)}</dd>'
-            for level, share in task.get("by_difficulty", {}).items()
-        )
-        chosen = sorted(task.get("examples", []), key=lambda example: bool(example["correct"]))[:10]
-        examples = "".join(
-            f'<li>{mark(example["correct"])}<div><pre><b>{clip(example["prompt"], 1000)}</b></pre>{draw_reply(str(example["reply"]))}'
-            f'<small>expected {clip(example["answer"], 300)}</small></div></li>'
-            for example in chosen
-        )
-        tokens = f", {number(task['mean_tokens'])} tokens a reply" if task.get("mean_tokens") is not None else ""
-        cards.append(
-            f'<article><h4>{escape(task["task"])}<small>{percent(task["accuracy"])} of {task["problems"]:,}{tokens}</small></h4>'
-            + (f'<p class="note">by difficulty</p><dl class="bars">{bars}</dl>' if bars else "")
-            + (f"<details><summary>Replies, mistakes first</summary><ol>{examples}</ol></details>" if examples else "")
-            + "</article>"
-        )
+    for before, task in pairs(run):
+        facts = f"{percent(task['accuracy'])} of {task['problems']:,}"
+        facts += f", {number(task['mean_tokens'])} tokens a reply" if task.get("mean_tokens") is not None else ""
+        facts += f"; before {percent(before['accuracy'])}" if before else ""
+        facts += f", {number(before['mean_tokens'])} tokens" if before and before.get("mean_tokens") is not None else ""
+        bars = "".join(draw_bars(before or {}, task, field) for field in ("by_difficulty", "by_category"))
+        cards.append(f"<article><h4>{escape(task['task'])}<small>{facts}</small></h4>{bars}{draw_examples(task)}</article>")
     return f'<section><h2>Evaluation</h2><div class="samples">{"".join(cards)}</div></section>' if cards else ""
 
 
-def draw_receipt(receipt: dict[str, Any]) -> str:
+def draw_receipt(receipt: dict[str, Any], title: str = "Receipt") -> str:
     """What each stage cost, planned beside actual: stages across, quantities down."""
     if not receipt:
         return ""
@@ -342,19 +156,29 @@ def draw_receipt(receipt: dict[str, Any]) -> str:
     for key, label in QUANTITIES.items():
         show = SHOWN.get(key, number)
         values, cells = [stage.get(key) for stage in stages], ""
+        if key == "device" and len(stages) > 1 and len(set(values)) == 1:
+            continue  # the page's head says it, and it is long
+        if key in ("flops", "tflops"):
+            values = [value or None for value in values]  # where none are counted
         for stage, value in zip(stages, values):
             plan = (stage.get("planned") or {}).get(key)
-            planned = f"<small>planned {escape(show(plan))}</small>" if plan is not None else ""
+            planned = f"<small>planned {escape(show(plan))}{_difference(stage, key)}</small>" if plan is not None else ""
             cells += f"<td>{escape(show(value)) if value is not None else '&ndash;'}{planned}</td>"
         total = receipt["total"].get(key, sum(v for v in values if v is not None) if key in ("tokens", "flops") else None)
         cells += f"<td>{escape(show(total)) if total is not None else ''}</td>" if len(stages) > 1 else ""
         if any(value is not None for value in [*values, total]):
             rows.append(f"<tr><th>{label}</th>{cells}</tr>")
     heads = "".join(f"<th>{escape(stage['stage'])}</th>" for stage in stages) + ("<th>total</th>" if len(stages) > 1 else "")
-    return f'<section><h2>Receipt</h2><div class="scroll"><table><tr><th></th>{heads}</tr>{"".join(rows)}</table></div></section>'
+    table = f'<div class="scroll"><table><tr><th></th>{heads}</tr>{"".join(rows)}</table></div>'
+    return f"<section><h2>{escape(title)}</h2>{table}</section>"
 
 
-def draw_sources(run: Run) -> str:
+def _difference(stage: dict[str, Any], key: str) -> str:
+    share = (stage.get("difference") or {}).get(key)
+    return f", {format_difference(share)}" if share else ""
+
+
+def draw_sources(run: Record) -> str:
     """The recipe and the environment, folded: enough to run it again."""
     parts = []
     if run.recipe_text is not None:
@@ -365,23 +189,28 @@ def draw_sources(run: Run) -> str:
     return f"<section><h2>Run it again</h2>{''.join(parts)}</section>" if parts else ""
 
 
-def render(run: Run) -> str:
+def render(run: Record) -> str:
     """The whole page."""
     facts = [run.environment.get(name) for name in ("device", "commit", "date")]
-    meta = " &middot; ".join(clip(fact, 80) for fact in ["Jevons run", *(fact for fact in facts if isinstance(fact, str) and fact)])
+    meta = ["Jevons run", *(fact for fact in facts if isinstance(fact, str) and fact)]
     notes = [] if run.receipt or not run.stages else ["No receipt yet: the run is going on or was stopped. Numbers are the latest written."]
     notes += ["The last line of metrics.jsonl was cut short by a kill and is skipped."] if run.torn else []
     stages = "".join(draw_stage(STAGES.get(name, (name, name))[1], stage) for name, stage in run.stages.items())
-    warnings = "".join(f'<p class="note warn">{note}</p>' for note in notes)
+    body = f"{draw_tiles(run)}{draw_evaluation(run)}{stages}{draw_receipt(run.receipt)}{draw_sources(run)}"
+    return page(run.name, meta, draw_summary(run), notes, body)
+
+
+def page(title: str, meta: Sequence[str], summary: str, warnings: Sequence[str], body: str, style: str = "") -> str:
+    """A page that stands alone. `summary` and `body` are HTML, `style` is CSS beside the common one, the rest is text."""
+    notes = "".join(f'<p class="note warn">{escape(warning)}</p>' for warning in warnings)
     digest = base64.b64encode(hashlib.sha256(plot.SCRIPT.encode()).digest()).decode()
     policy = f"default-src 'none';style-src 'unsafe-inline';script-src 'sha256-{digest}'"
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}"><meta name="color-scheme" content="light dark">'
-        f"<title>{escape(run.name)}</title><style>{plot.STYLE}</style></head><body><main>"
-        f'<header><p class="meta">{meta}</p><h1>{escape(run.name)}</h1>{draw_summary(run)}</header>{warnings}'
-        f"{draw_tiles(run)}{draw_evaluation(run)}{stages}{draw_receipt(run.receipt)}{draw_sources(run)}"
-        f"</main><script>{plot.SCRIPT}</script></body></html>\n"
+        f"<title>{escape(title)}</title><style>{plot.STYLE}{style}</style></head><body><main>"
+        f'<header><p class="meta">{" &middot; ".join(clip(fact, 80) for fact in meta)}</p><h1>{escape(title)}</h1>{summary}</header>{notes}'
+        f"{body}</main><script>{plot.SCRIPT}</script></body></html>\n"
     )
 
 

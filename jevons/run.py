@@ -21,8 +21,9 @@ import sys
 import time
 import tomllib
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
@@ -68,12 +69,15 @@ class Interrupt:
 class Run:
     """One run of one recipe in one folder."""
 
-    def __init__(self, recipe: Recipe, root: Path, device: str, *, again: str | None = None) -> None:
-        """Open `root`/`recipe.name`, made if need be. `again` is the first stage whose results are to be thrown away.
+    def __init__(
+        self, recipe: Recipe, root: Path, device: str, *, again: str | None = None, memory: Callable[[], int | None] = lambda: None
+    ) -> None:
+        """Open `root`/`recipe.name`, made if need be. `again` is the first stage whose results are to be thrown away, `memory` says
+        what the device or process held at most, in bytes.
 
         Raises ValueError where the folder belongs to another recipe, listing the keys that differ.
         """
-        self.recipe, self.device = recipe, device
+        self.recipe, self.device, self.memory = recipe, device, memory
         self.folder = root / recipe.name
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = self._take()
@@ -92,6 +96,9 @@ class Run:
         write_text(saved, recipe.to_toml())
         self.id = self._environment()
         self.ledger = Ledger(root / "ledger.db")
+        for row in self.ledger.rows(self.id):
+            if row.stage in forgotten:  # what it took is spent, what came of it is gone
+                self.ledger.record(replace(row, tokens=0, flops=0.0, finished=None, planned=None))
 
     def _take(self) -> IO[str]:
         """The run for this process alone, for as long as it lives: two would sweep away each other's unfinished files."""
@@ -111,7 +118,7 @@ class Run:
             return
         old = _flat(parse(tomllib.loads(saved.read_text(encoding="utf-8")), str(saved)).model_dump(mode="json"))
         new = _flat(self.recipe.model_dump(mode="json"))
-        free = {"price_per_hour"} | {k for k in old | new if (stage := k.split(".")[0]) in STAGES and stage not in begun}
+        free = {"price_per_hour"} | {k for k in old | new if (stage := k.split(".")[0]) in (*STAGES, "plan") and stage not in begun}
         if changed := [k for k in sorted(old | new) if k not in free and old.get(k) != new.get(k)]:
             lines = "".join(f"\n  {k}: was {old.get(k)!r}, now {new.get(k)!r}" for k in changed)
             raise ValueError(
@@ -177,20 +184,26 @@ class Run:
 
     @contextmanager
     def spend(self, stage: str, *, peak_flops: float | None = None, planned: Plan | None = None) -> Iterator[Spending]:
-        """Account for a stage while the block runs; time spent by earlier attempts, thrown away or not, is already in it."""
+        """Account for a stage while the block runs; time spent by earlier attempts, thrown away or not, is already in it, and in a plan
+        that is made only now."""
         earlier = next((r for r in self.ledger.rows(self.id) if r.stage == stage), None)
+        if earlier and planned:
+            planned = replace(planned, seconds=planned.seconds + earlier.seconds, money=planned.money + earlier.money)
         receipt = Receipt(
             run_id=self.id,
             run=self.recipe.name,
             stage=stage,
             device=self.device,
+            tokens=earlier.tokens if earlier else 0,  # until the stage says more: it may only have to finish
+            flops=earlier.flops if earlier else 0.0,
             seconds=earlier.seconds if earlier else 0.0,
+            memory=earlier.memory if earlier else None,
             peak_flops=peak_flops,
             price_per_hour=self.recipe.price_per_hour,
             started=earlier.started if earlier else time.time(),
-            planned=(earlier.planned if earlier and earlier.finished is None else None) or planned,
+            planned=(earlier.planned if earlier else None) or planned,
         )
-        spending = Spending(receipt, self.ledger)
+        spending = Spending(receipt, self.ledger, self.memory)
         try:
             yield spending
             spending.receipt.finished = time.time()
@@ -202,13 +215,12 @@ class Run:
         """receipt.json from the ledger's rows of this run, in the order of the stages."""
         rows = {r.stage: r for r in self.ledger.rows(self.id)}
         receipts = [rows[s] for s in self.recipe.stages if s in rows]
-        derived = ("tokens_per_second", "tflops", "share_of_peak", "device_hours", "money")
         sums = total(receipts)
         write_json(
             self.folder / "receipt.json",
             {
                 "run": self.recipe.name,
-                "stages": [r.to_dict() | {name: getattr(r, name) for name in derived} for r in receipts],
+                "stages": [r.describe() for r in receipts],
                 "total": {"seconds": sums.seconds, "device_hours": sums.device_hours, "money": sums.money},
             },
         )
@@ -218,12 +230,12 @@ class Run:
 class Spending:
     """A stage's receipt while it grows."""
 
-    def __init__(self, receipt: Receipt, ledger: Ledger) -> None:
-        self.receipt, self._ledger = receipt, ledger
+    def __init__(self, receipt: Receipt, ledger: Ledger, memory: Callable[[], int | None] = lambda: None) -> None:
+        self.receipt, self._ledger, self._memory = receipt, ledger, memory
         self._since = self._written = time.perf_counter()
 
     def update(self, *, tokens: int | None = None, flops: float | None = None, force: bool = False) -> Receipt:
-        """Count the time up to now; set the totals of tokens and FLOPs. Reaches the ledger every few seconds."""
+        """Count the time up to now; set the totals of tokens and FLOPs. Reaches the ledger every few seconds, with the peak of memory."""
         now = time.perf_counter()
         self.receipt.seconds += now - self._since
         self._since = now
@@ -232,6 +244,8 @@ class Spending:
         if flops is not None:
             self.receipt.flops = flops
         if force or now - self._written > LEDGER_SECONDS:
+            if (held := self._memory()) is not None:
+                self.receipt.memory = max(held, self.receipt.memory or 0)  # earlier attempts count, too
             self._ledger.record(self.receipt)
             self._written = now
         return self.receipt

@@ -1,6 +1,7 @@
 """What several rooms' tests share: tiny models of every family with all weights random, and one way to compare tensors.
 
-Torch is imported inside the fixtures, so that the rooms without it stay quick to test alone.
+Torch is imported inside the fixtures, so that the rooms without it stay quick to test alone. `make test` runs one process of tests a core
+(pytest-xdist), each with its share of the cores for torch's threads; `pytest tests/test_x.py` runs here and now, with all of them.
 """
 
 from __future__ import annotations
@@ -9,9 +10,17 @@ import os
 import uuid
 from typing import Any
 
+import hypothesis
 import pytest
 
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as jevons.cli does: threads that spin cost tests minutes on a busy machine
+if processes := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):  # torch reads it when it is loaded, here and in what tests start
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, CORES // processes)))
+
+# a slow machine's mood is no failure: neither an example's time nor that of making one
+hypothesis.settings.register_profile("jevons", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("jevons")
 
 COMMON = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
 COMMON |= {"max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 2}
@@ -26,6 +35,12 @@ FAMILY: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"num_key_value_heads": 2, "head_dim": 24, "num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32},
     "llama": {"num_key_value_heads": 2},
 }
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """How many processes `-n auto` is: as many as there are cores for this one, virtual ones too."""
+    return CORES
 
 
 @pytest.fixture(scope="session")
@@ -77,6 +92,17 @@ def assert_close():
         torch.testing.assert_close(ours, theirs, rtol=0.0, atol=tolerance * scale, msg=lambda m: f"{message}: {m}")
 
     return check
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Sums are made in the same order in every process; for `pytestmark = pytest.mark.usefixtures("one_thread")`."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

@@ -72,7 +72,7 @@ def rebuilt(stream):
     return message
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(script=scripts())
 def test_streamed_and_whole_are_one(server, script):
     pieces, updates = script
@@ -258,7 +258,7 @@ ANYTHING = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.data())
 def test_no_body_is_our_fault(server, data):
     """Whatever stands in the fields, the answer is a reply or a 400, never a 500."""

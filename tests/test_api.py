@@ -589,7 +589,7 @@ def test_keys_and_their_limits(scripted):
     client = scripted("Yes.", keyed=True)
     _, good = client.keys.create("good")
     _, other = client.keys.create("other", models=["elsewhere"])
-    _, slow = client.keys.create("slow", rate=0.5)
+    _, slow = client.keys.create("slow", rate=0.05)
     row, poor = client.keys.create("poor", budget=1.0)
     time.sleep(0.02)
 
@@ -602,7 +602,8 @@ def test_keys_and_their_limits(scripted):
     assert client.get("/v1/models", headers={"x-api-key": other}).json()["data"] == []
     first, second = ask({"x-api-key": slow}), ask({"x-api-key": slow})
     assert (first.status_code, second.status_code) == (200, 429)
-    assert int(second.headers["retry-after"]) == 2 and 1000 < int(second.headers["retry-after-ms"]) <= 2000
+    milliseconds = int(second.headers["retry-after-ms"])
+    assert 0 < milliseconds <= 20_000 and int(second.headers["retry-after"]) == math.ceil(milliseconds / 1000)
     client.keys.charge(row.id, 1.5)
     assert ask({"x-api-key": poor}).status_code == 402
     balance = client.get("/user/balance", headers={"x-api-key": poor}).json()  # without being refused for it
@@ -611,7 +612,7 @@ def test_keys_and_their_limits(scripted):
 
 
 def test_a_stream_holds_its_place_until_its_end(tokenizer, tmp_path):
-    engine = ScriptedEngine(tokenizer, "The quick brown fox jumps over the lazy dog.", step_time=0.02)
+    engine = ScriptedEngine(tokenizer, "The quick brown fox jumps over the lazy dog.", step_time=0.3)
     service, keys = make_service(engine, tokenizer, tmp_path / "ledger.db", keyed=True)
     _, secret = keys.create("one", concurrency=1)
     body, headers = {"model": "tiny", "messages": [USER], "stream": True}, {"x-api-key": secret}
@@ -620,6 +621,7 @@ def test_a_stream_holds_its_place_until_its_end(tokenizer, tmp_path):
             lines = response.iter_lines()
             next(lines)
             assert client.post(CHAT, json=body).status_code == 429
+            engine.step_time = 0.0
             assert list(lines)[-2] == "data: [DONE]"
         assert client.post(CHAT, json=body).status_code == 200
 
@@ -644,7 +646,7 @@ def test_a_client_that_goes_away_frees_the_engine(tokenizer, tmp_path, streamed)
             for _ in response.iter_lines():
                 time.sleep(0.2)
                 raise httpx.ReadTimeout("enough")
-        end = time.monotonic() + 1
+        end = time.monotonic() + 15
         while not (engine.aborted and statuses(service)) and time.monotonic() < end:
             time.sleep(0.01)
         assert engine.aborted == 1 and not engine.running and statuses(service) == ["abort"]

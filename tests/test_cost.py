@@ -13,105 +13,28 @@ from jevons.cost.arithmetic import parameters
 from jevons.cost.hardware import peak_flops
 from jevons.cost.ledger import Ledger
 from jevons.cost.price import Prices
+from jevons.cost.published import names, published, source
 from jevons.cost.receipt import Plan, Receipt, format_amount, format_flops, format_seconds, render, total
 from jevons.model.config import ModelConfig
 
-DEEPSEEK = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
-V3 = ModelConfig(
-    **DEEPSEEK,
-    vocab_size=129280,
-    hidden_size=7168,
-    num_hidden_layers=61,
-    first_k_dense_replace=3,
-    intermediate_size=18432,
-    moe_intermediate_size=2048,
-    num_attention_heads=128,
-    n_routed_experts=256,
-    n_shared_experts=1,
-    num_experts_per_tok=8,
-    n_group=8,
-    topk_group=4,
-    q_lora_rank=1536,
-    num_nextn_predict_layers=1,
-)
-V2 = ModelConfig(
-    **DEEPSEEK,
-    model_type="deepseek_v2",
-    topk_method="group_limited_greedy",
-    vocab_size=102400,
-    hidden_size=5120,
-    num_hidden_layers=60,
-    first_k_dense_replace=1,
-    intermediate_size=12288,
-    moe_intermediate_size=1536,
-    num_attention_heads=128,
-    n_routed_experts=160,
-    n_shared_experts=2,
-    num_experts_per_tok=6,
-    q_lora_rank=1536,
-)
-V2_LITE = ModelConfig(
-    **DEEPSEEK,
-    model_type="deepseek_v2",
-    topk_method="greedy",
-    vocab_size=102400,
-    hidden_size=2048,
-    num_hidden_layers=27,
-    first_k_dense_replace=1,
-    intermediate_size=10944,
-    moe_intermediate_size=1408,
-    num_attention_heads=16,
-    n_routed_experts=64,
-    n_shared_experts=2,
-    num_experts_per_tok=6,
-)
-LLAMA_405B = ModelConfig(
-    model_type="llama",
-    vocab_size=128256,
-    hidden_size=16384,
-    num_hidden_layers=126,
-    intermediate_size=53248,
-    num_attention_heads=128,
-    num_key_value_heads=8,
-)
-QWEN3_30B_A3B = ModelConfig(
-    model_type="qwen3_moe",
-    topk_method="greedy",
-    vocab_size=151936,
-    hidden_size=2048,
-    num_hidden_layers=48,
-    intermediate_size=6144,
-    moe_intermediate_size=768,
-    num_attention_heads=32,
-    num_key_value_heads=4,
-    head_dim=128,
-    n_routed_experts=128,
-    num_experts_per_tok=8,
-)
-
-
-def qwen2(D, L, N, kv, F, W, tied):
-    return ModelConfig(
-        model_type="qwen2",
-        hidden_size=D,
-        num_hidden_layers=L,
-        num_attention_heads=N,
-        num_key_value_heads=kv,
-        intermediate_size=F,
-        vocab_size=W,
-        tie_word_embeddings=tied,
-    )
-
-
-QWEN2_5 = {
-    "0.5B": (qwen2(896, 24, 14, 2, 4864, 151936, True), 494_032_768, 357_898_112, 12_288),
-    "1.5B": (qwen2(1536, 28, 12, 2, 8960, 151936, True), 1_543_714_304, 1_310_340_608, 28_672),
-    "3B": (qwen2(2048, 36, 16, 2, 11008, 151936, True), 3_085_938_688, 2_774_773_760, 36_864),
-    "7B": (qwen2(3584, 28, 28, 4, 18944, 152064, False), 7_615_616_512, 6_525_621_760, 57_344),
-    "14B": (qwen2(5120, 48, 40, 8, 13824, 152064, False), 14_770_033_664, 13_212_898_304, 196_608),
-    "32B": (qwen2(5120, 64, 40, 8, 27648, 152064, False), 32_763_876_352, 31_206_740_992, 262_144),
-    "72B": (qwen2(8192, 80, 64, 8, 29568, 152064, False), 72_706_203_648, 70_214_787_072, 327_680),
+V3, V2, V2_LITE = published("deepseek-v3"), published("deepseek-v2"), published("deepseek-v2-lite")
+LLAMA_405B = published("llama-3.1-405b")
+QWEN2_5 = {  # total, without embeddings, bytes of cache a token
+    "qwen2.5-0.5b": (494_032_768, 357_898_112, 12_288),
+    "qwen2.5-1.5b": (1_543_714_304, 1_310_340_608, 28_672),
+    "qwen2.5-3b": (3_085_938_688, 2_774_773_760, 36_864),
+    "qwen2.5-7b": (7_615_616_512, 6_525_621_760, 57_344),
+    "qwen2.5-14b": (14_770_033_664, 13_212_898_304, 196_608),
+    "qwen2.5-32b": (32_763_876_352, 31_206_740_992, 262_144),
+    "qwen2.5-72b": (72_706_203_648, 70_214_787_072, 327_680),
 }
+
+
+def test_published_configurations():
+    assert published("DeepSeek-V3") == V3 and set(QWEN2_5) < set(names())
+    assert all(source(name) for name in names())
+    with pytest.raises(ValueError, match=r"no published model 'deepseek-v3-lite'; did you mean deepseek-v2-lite\?"):
+        published("deepseek-v3-lite")
 
 
 def test_deepseek_v3_counts():
@@ -133,12 +56,12 @@ def test_other_sparse_counts():
     assert (parameters(V2).total, parameters(V2).active, parameters(V2).buffers) == (235_741_434_880, 21_375_800_320, 0)
     lite = parameters(V2_LITE)
     assert (lite.total, lite.active, lite.active_without_embedding) == (15_706_484_224, 2_661_150_208, 2_451_435_008)
-    assert parameters(QWEN3_30B_A3B).total == 30_532_122_624
+    assert parameters(published("qwen3-30b-a3b")).total == 30_532_122_624
 
 
-@pytest.mark.parametrize("size", QWEN2_5)
-def test_qwen2_5_counts(size):
-    config, whole, non_embedding, cache = QWEN2_5[size]
+@pytest.mark.parametrize("name", QWEN2_5)
+def test_qwen2_5_counts(name):
+    config, (whole, non_embedding, cache) = published(name), QWEN2_5[name]
     counts = parameters(config)
     assert (counts.total, counts.non_embedding, counts.active) == (whole, non_embedding, whole)
     assert counts.active_without_embedding == non_embedding + counts.embedding  # tied or not, the head is multiplied once
@@ -148,7 +71,7 @@ def test_qwen2_5_counts(size):
 def test_cache_and_weight_bytes():
     assert [arithmetic.cache_bytes_per_token(c) for c in (V3, V2, V2_LITE, LLAMA_405B)] == [70_272, 69_120, 31_104, 516_096]
     assert parameters(LLAMA_405B).total == 405_853_388_800
-    assert arithmetic.weight_bytes(QWEN2_5["0.5B"][0], 0.5) == 494_032_768 / 2
+    assert arithmetic.weight_bytes(published("qwen2.5-0.5b"), 0.5) == 494_032_768 / 2
     assert arithmetic.weight_bytes(V3, 1, mtp=True) - arithmetic.weight_bytes(V3, 1) == parameters(V3).mtp
     # one GPU of the 144 that decode V3 in FP8: all attention, its own dense layers, shared and two routed experts, head in bf16
     expert = arithmetic.swiglu_parameters(V3, 2048)
@@ -173,7 +96,7 @@ def test_serving_flops():
     assert 4030 * arithmetic.forward_flops(V3, 5000) == pytest.approx(396e12, rel=5e-3)
     # expanding every latent at every step is what absorption saves
     assert arithmetic.decode_flops(V3, 4989, absorbed=False) > 20 * arithmetic.decode_flops(V3, 4989)
-    dense = QWEN2_5["7B"][0]
+    dense = published("qwen2.5-7b")
     both = [arithmetic.decode_flops(dense, 100, absorbed=absorbed) for absorbed in (True, False)]
     assert both == [arithmetic.forward_flops(dense, 100)] * 2
 
@@ -356,7 +279,8 @@ def test_dated_prices():
     prices = Prices.load()
     assert cost(prices, "deepseek-chat", "2025-02-08 15:59") == 0.014 + 2 * 0.14 + 0.28
     assert cost(prices, "deepseek-chat", "2025-02-08 16:00") == 0.07 + 2 * 0.27 + 1.10
-    assert cost(prices, "deepseek-chat", "2026-11-01 00:00") == 0.07 + 2 * 0.56 + 1.68
+    assert cost(prices, "deepseek-chat", "2025-09-28 23:59") == 0.07 + 2 * 0.56 + 1.68
+    assert cost(prices, "deepseek-chat", "2026-11-01 00:00") == 0.028 + 2 * 0.28 + 0.42
     with pytest.raises(ValueError, match="deepseek-flash has no price for 2026-09-09 23:59; its first is from 2026-09-10"):
         cost(prices, "deepseek-flash", "2026-09-09 23:59")
     with pytest.raises(ValueError, match="no model 'deepseek-flush'; did you mean deepseek-flash"):

@@ -261,7 +261,7 @@ HOSTILE_GRAMMARS = {
 
 @pytest.mark.parametrize("name", [*HOSTILE, *HOSTILE_GRAMMARS])
 def test_hostile_grammars_end_soon(factory, name):
-    start = time.monotonic()
+    start = time.process_time()
     try:
         source = grammar.json_schema(HOSTILE[name]) if name in HOSTILE else grammar.grammar(HOSTILE_GRAMMARS[name])
         held = factory.compile(source, Reply(), may_think=False)
@@ -272,7 +272,7 @@ def test_hostile_grammars_end_soon(factory, name):
             held.accept(chance.choice(allowed(factory, held)))
     except ValueError as error:
         assert str(error)
-    assert time.monotonic() - start < SECONDS
+    assert time.process_time() - start < SECONDS
 
 
 def test_errors_say_what_is_wrong(factory):

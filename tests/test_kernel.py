@@ -9,11 +9,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jevons.kernels import attention
 from jevons.kernels import cross_entropy as loss_kernel
-from jevons.kernels.attention import Bucket, causal_attention_ref, segment_attention
+from jevons.kernels import segment
+from jevons.kernels.attention import causal_attention_ref
 from jevons.kernels.cross_entropy import cross_entropy, cross_entropy_ref
 from jevons.kernels.experts import experts, experts_ref
+from jevons.kernels.fused import PIECE, usable
+from jevons.kernels.pointwise import rms_norm, swiglu
+from jevons.kernels.segment import Bucket, segment_attention
 from jevons.model.attend import Packed
 
 
@@ -77,6 +80,53 @@ def test_experts_in_bf16(assert_close):
         assert_close(ours, theirs, 0.02)
 
 
+# --- between products ---
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 0.01)])  # bf16: a rounding or two, 0.4 % each
+@pytest.mark.parametrize(("rows", "width"), [(1, 8), (PIECE, 16), (2 * PIECE + 2, 48), (200, 129)])  # whole words and not, pieces and not
+def test_norms_and_swiglu_are_torchs(assert_close, rows, width, dtype, tolerance):
+    wide, up, scale = normal(rows, width + 6, dtype=dtype), normal(rows, width, seed=1, dtype=dtype), normal(width, seed=2, dtype=dtype)
+    x = wide[:, :width]  # rows that lie apart, as the latent's do
+    silu = torch.nn.functional.silu
+    pairs = {
+        "norm": (rms_norm(x, scale, 1e-6), torch.nn.functional.rms_norm(x, (width,), scale, 1e-6), [wide, scale]),
+        "swiglu": (swiglu(x, up), silu(x) * up, [wide, up]),
+        "scaled": (swiglu(x, up, up[:, :1]), silu(x) * up * up[:, :1], [wide, up]),
+    }
+    for name, (ours, theirs, inputs) in pairs.items():
+        assert ours.dtype == dtype
+        assert_close(ours, theirs, tolerance, message=name)
+        for mine, expected in zip(gradients(ours, inputs), gradients(theirs, inputs)):
+            assert_close(mine, expected, tolerance, message=name)
+
+
+def test_norms_of_heads_and_of_frozen_weights(assert_close):
+    x, scale = normal(5, 3, 16), normal(16, seed=1).detach()
+    ours, theirs = rms_norm(x, scale, 1e-6), torch.nn.functional.rms_norm(x, (16,), scale, 1e-6)
+    assert_close(ours, theirs, 1e-6)
+    assert_close(*(gradients(y, [x])[0] for y in (ours, theirs)), 1e-6)
+
+
+def test_large_gates_overflow_nothing(assert_close):
+    gate = torch.tensor([[-1e4, -200.0, -89.0, 89.0, 1e4]]).requires_grad_()
+    out = swiglu(gate, torch.ones(1, 5))
+    assert_close(out, gate.detach().clamp_min(0))
+    assert_close(torch.autograd.grad(out.sum(), gate)[0], (gate > 0).float())
+
+
+def test_experts_without_native_kernels(monkeypatch, assert_close):
+    inputs = [normal(100, D), normal(100, 2, seed=1), normal(E, 2 * F, D, seed=2), normal(E, D, F, seed=3)]
+    x, weights, gate_up, down = inputs
+    outputs = []
+    for native in (True, False):
+        monkeypatch.setattr("jevons.kernels.fused.usable", lambda *tensors, native=native: native and usable(*tensors))
+        outputs.append(experts(x, choose("random", 100), weights, gate_up, down))
+        outputs += gradients(outputs[-1], inputs)
+    for ours, theirs in zip(outputs[:5], outputs[5:]):
+        assert_close(ours, theirs)
+
+
 # --- cross-entropy ---
 
 
@@ -91,6 +141,7 @@ def loss_inputs(tokens: int = 23, vocabulary: int = 31) -> tuple[torch.Tensor, t
 def test_cross_entropy(monkeypatch, assert_close, chunk):
     hidden, head, targets, weights = loss_inputs()
     monkeypatch.setattr(loss_kernel, "CHUNK_ELEMENTS", chunk * len(head))
+    monkeypatch.setattr(loss_kernel, "CHUNK_ROWS", 1)
     (loss, nll), (loss_ref, nll_ref) = (f(hidden, head, targets, weights) for f in (cross_entropy, cross_entropy_ref))
     assert_close(loss, loss_ref)
     assert_close(nll, nll_ref)
@@ -124,8 +175,8 @@ def test_a_token_of_weight_zero_leaves_no_gradient():
 @pytest.mark.parametrize("plain_length", [1024, 0])  # the written-out backward, and torch's own for long segments
 @pytest.mark.parametrize(("heads", "kv_heads", "value_width"), [(4, 4, 8), (4, 2, 8), (6, 1, 8), (4, 4, 5)])
 def test_segment_attention(assert_close, monkeypatch, heads, kv_heads, value_width, plain_length):
-    monkeypatch.setattr(attention, "PLAIN_LENGTH", plain_length)
-    monkeypatch.setattr(attention, "CHUNK_SCORES", heads * 11 * 11 * 2)  # two segments at once, then one
+    monkeypatch.setattr(segment, "PLAIN_LENGTH", plain_length)
+    monkeypatch.setattr(segment, "CHUNK_SCORES", heads * 11 * 11 * 2)  # two segments at once, then one
     inputs = [normal(3, 11, heads, 8), normal(3, 11, kv_heads, 8, seed=1), normal(3, 11, kv_heads, value_width, seed=2)]
     flat = [x.flatten(0, 1) for x in inputs]
     fast = segment_attention(*flat, [Bucket(3, 11, None, None, None)], 0.3).unflatten(0, (3, 11))

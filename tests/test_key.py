@@ -381,11 +381,12 @@ def test_rows_outlast_a_database_that_is_down(store, monkeypatch, caplog):
     monkeypatch.setattr(meter_module, "LONGEST_PAUSE", 0.1)
 
     async def load():
-        async with metering(store, capacity=3, patience=0.3) as meter:
+        async with metering(store, capacity=3, patience=0.2) as meter:
             meter.check()
             assert await asyncio.gather(*(meter.record(row(prompt=1)) for _ in range(3))) == [False] * 3
             assert meter.error == "no route to host" and meter.pending == 3
             assert refused(503, meter.check).retry_after
+            meter.patience = 30.0
             await asyncio.wait({task := asyncio.ensure_future(meter.record(row(prompt=1)))}, timeout=0.05)  # under way: still taken
             down.clear()
             assert await task is True
@@ -408,7 +409,7 @@ def test_rows_left_at_the_end_are_logged(file_store, monkeypatch, caplog):
         assert not await meter.record(row(request_id="lost-one"))
         began = time.monotonic()
         await meter.close(0.3)
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < 20  # and not for ever
         with pytest.raises(RuntimeError, match="closed"):
             await meter.record(row())
 

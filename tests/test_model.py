@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 
 from jevons.cost.arithmetic import parameters
+from jevons.cost.published import published
 from jevons.kernels.fp8 import dequantize_blocks, quantize_blocks
 from jevons.model.attend import Packed
 from jevons.model.config import ModelConfig
@@ -335,62 +337,28 @@ def test_any_configuration(config):
 
 # --- published models, counted without memory ---
 
-V3: dict[str, Any] = {"model_type": "deepseek_v3", "vocab_size": 129280, "hidden_size": 7168, "intermediate_size": 18432}
-V3 |= {"num_hidden_layers": 61, "first_k_dense_replace": 3, "num_nextn_predict_layers": 1}
-V3 |= {
-    "num_attention_heads": 128,
-    "q_lora_rank": 1536,
-    "kv_lora_rank": 512,
-    "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "v_head_dim": 128,
-}
-V3 |= {
-    "n_routed_experts": 256,
-    "n_shared_experts": 1,
-    "num_experts_per_tok": 8,
-    "moe_intermediate_size": 2048,
-    "n_group": 8,
-    "topk_group": 4,
-}
-V3 |= {"rope_scaling": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}}
-
-V2 = V3 | {"model_type": "deepseek_v2", "vocab_size": 102400, "hidden_size": 5120, "intermediate_size": 12288}
-V2 |= {"num_hidden_layers": 60, "first_k_dense_replace": 1, "topk_method": "group_limited_greedy", "routed_scaling_factor": 16.0}
-V2 |= {"n_routed_experts": 160, "n_shared_experts": 2, "num_experts_per_tok": 6, "moe_intermediate_size": 1536, "topk_group": 3}
-V2 |= {"rope_scaling": YARN | {"mscale": 0.707, "mscale_all_dim": 0.707}}
-
-V2_LITE = V2 | {"hidden_size": 2048, "intermediate_size": 10944, "num_hidden_layers": 27, "num_attention_heads": 16, "q_lora_rank": None}
-V2_LITE |= {"n_routed_experts": 64, "moe_intermediate_size": 1408, "n_group": 1, "topk_group": 1, "topk_method": "greedy"}
-
-
-def qwen2_5(D: int, L: int, N: int, kv: int, F: int, W: int, tied: bool) -> dict[str, Any]:
-    fields = {"model_type": "qwen2", "hidden_size": D, "num_hidden_layers": L, "num_attention_heads": N, "num_key_value_heads": kv}
-    return fields | {"intermediate_size": F, "vocab_size": W, "tie_word_embeddings": tied}
-
-
+V3, V2, V2_LITE = published("deepseek-v3"), published("deepseek-v2"), published("deepseek-v2-lite")
 PUBLISHED = {
-    "DeepSeek-V3": (V3, 671_026_404_352),
-    "DeepSeek-V2": (V2, 235_741_434_880),
-    "DeepSeek-V2-Lite": (V2_LITE, 15_706_484_224),
-    "Qwen2.5-0.5B": (qwen2_5(896, 24, 14, 2, 4864, 151936, True), 494_032_768),
-    "Qwen2.5-1.5B": (qwen2_5(1536, 28, 12, 2, 8960, 151936, True), 1_543_714_304),
-    "Qwen2.5-3B": (qwen2_5(2048, 36, 16, 2, 11008, 151936, True), 3_085_938_688),
-    "Qwen2.5-7B": (qwen2_5(3584, 28, 28, 4, 18944, 152064, False), 7_615_616_512),
-    "Qwen2.5-14B": (qwen2_5(5120, 48, 40, 8, 13824, 152064, False), 14_770_033_664),
-    "Qwen2.5-32B": (qwen2_5(5120, 64, 40, 8, 27648, 152064, False), 32_763_876_352),
-    "Qwen2.5-72B": (qwen2_5(8192, 80, 64, 8, 29568, 152064, False), 72_706_203_648),
+    "deepseek-v3": 671_026_404_352,
+    "deepseek-v2": 235_741_434_880,
+    "deepseek-v2-lite": 15_706_484_224,
+    "qwen2.5-0.5b": 494_032_768,
+    "qwen2.5-1.5b": 1_543_714_304,
+    "qwen2.5-3b": 3_085_938_688,
+    "qwen2.5-7b": 7_615_616_512,
+    "qwen2.5-14b": 14_770_033_664,
+    "qwen2.5-32b": 32_763_876_352,
+    "qwen2.5-72b": 72_706_203_648,
 }
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_parameter_counts(name):
-    fields, total = PUBLISHED[name]
-    config = from_hf(fields)
+    config = published(name)
     counts = count(meta(config))
-    assert counts[0] == total
+    assert counts[0] == PUBLISHED[name]
     # V3's published 11,610,068,224 of the MTP module counts its router's 256 biases
-    assert counts[1:] == ((14_848, 11_610_068_224 - 256, 256) if name == "DeepSeek-V3" else (0, 0, 0))
+    assert counts[1:] == ((14_848, 11_610_068_224 - 256, 256) if name == "deepseek-v3" else (0, 0, 0))
     assert_counts_agree(config)
 
 
@@ -398,13 +366,13 @@ def test_published_parameter_counts(name):
 
 
 def test_yarn_frequencies_of_deepseek():
-    inverse, magnitude = inverse_frequencies(from_hf(V3))
+    inverse, magnitude = inverse_frequencies(V3)
     golden = {10: 0.0562341, 11: 0.0390069, 16: 0.0055, 22: 1.778279e-4, 23: 3.3338e-5, 31: 3.3338e-6}
     assert {j: inverse[j].item() for j in golden} == pytest.approx(golden, rel=1e-4)  # the goldens have five figures
     assert magnitude == 1.0  # mscale and mscale_all_dim cancel in cos and sin ...
-    assert softmax_scale(from_hf(V3)) == pytest.approx(0.1352337789, rel=1e-9)  # ... and enter here, squared
-    assert softmax_scale(from_hf(V2)) == pytest.approx(0.1147213868, rel=1e-9)
-    assert softmax_scale(from_hf(V3 | {"rope_scaling": None})) == pytest.approx(192**-0.5)
+    assert softmax_scale(V3) == pytest.approx(0.1352337789, rel=1e-9)  # ... and enter here, squared
+    assert softmax_scale(V2) == pytest.approx(0.1147213868, rel=1e-9)
+    assert softmax_scale(replace(V3, rope_scaling=None)) == pytest.approx(192**-0.5)
 
 
 def route(fields: dict[str, Any], logits: list[float], bias: dict[int, float] | float = 0.0) -> dict[int, float]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from jevons.kernels import compiler, native
+from jevons.kernels import adamw, compiler, native, processor
 from jevons.kernels.attention import absorbed_attention, causal_attention_ref, row_attention
 from jevons.kernels.experts import experts_ref
 from jevons.kernels.quantize import FORMATS, pack, pack_kv_b, pack_swiglu
@@ -74,6 +77,39 @@ def test_product_with_packed_is_product_with_unpacked(format, T):
         assert native.linear(x, packed, residual=in_place, out=in_place) is in_place and torch.equal(in_place, got)
         logits = native.linear(x, packed, dtype=torch.float32)
         assert error(logits, F.linear(x.double(), packed.unpack().double(), bias.double())) <= CLOSE[format]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("T", [1, 4, 6, 7, 8, 13, 14, 15, 32, 70])
+def test_product_with_weights_where_they_lie(dtype, T):
+    format = "fp32" if dtype == torch.float32 else "bf16"
+    for N, K in ((64, 256), (45, 130), (33, 61), (40, 5001)):  # the last in several stretches
+        x, a, b, residual = draw(T, K, dtype=dtype), draw(N, K, seed=2, dtype=dtype), draw(7, K, dtype=dtype), draw(T, N + 7, dtype=dtype)
+        bias = [draw(N), draw(7, dtype=dtype)]
+        here = pack([a, b], "here", bias)
+        for change in (0.0, 1.0):  # what changes in place is seen; biases are copies
+            a += change
+            bias[0] += change
+            here.refresh()
+            want = F.linear(x.double(), torch.cat((a, b)).double(), torch.cat(bias).double()) + residual.double()
+            got = native.linear(x, here, residual=residual, threads=2)
+            assert error(got, want) <= CLOSE[format]
+        assert torch.equal(got, native.linear(x, here, residual=residual, threads=1))
+        assert torch.equal(got[-1:], native.linear(x[-1:], here, residual=residual[-1:]))
+        up, bias = draw(N, K, dtype=dtype, seed=3), [draw(N), draw(N, seed=1)]
+        swiglu = native.linear(x, pack_swiglu(a, up, "here", *bias))
+        gate, value = (F.linear(x.double(), w.double(), b.double()) for w, b in zip((a, up), bias))
+        assert error(swiglu, F.silu(gate) * value) <= CLOSE[format]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_experts_where_they_lie(dtype):
+    E, D, inner, T = 5, 40, 24, 9
+    x, gate_up, down = draw(T, D, dtype=dtype), draw(E, 2 * inner, D, dtype=dtype), draw(E, D, inner, dtype=dtype)
+    chosen, weights = draw(T, E).topk(2).indices, draw(T, 2)
+    here = pack_swiglu(*gate_up.chunk(2, dim=1), "here"), pack(down, "here")
+    want = experts_ref(x.double(), chosen, weights.double(), gate_up.double(), down.double())
+    assert error(native.moe(x, chosen, weights, *here), want) <= 3 * CLOSE["fp32" if dtype == torch.float32 else "bf16"]
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -279,3 +315,49 @@ def test_a_forked_child_computes_too():
     if child == 0:  # the parent's workers do not exist here
         os._exit(0 if torch.equal(native.linear(x, packed, threads=2), want) else 1)
     assert os.waitpid(child, 0)[1] == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("count", [1, 70, 40_000])  # less than a vector, some and a rest, more than a piece
+def test_adamw_in_one_pass_is_torchs(dtype, count, monkeypatch):
+    rates, results = adamw.Rates(1e-2, 0.9, 0.99, 1e-8, 0.1), []
+    for here in (True, False):
+        monkeypatch.setattr(native, "available", lambda here=here: here)
+        parameter = draw(count, dtype=dtype)
+        master, moments = parameter.float(), (torch.zeros(count), torch.zeros(count))
+        for step in (1, 2, 3):
+            gradient = draw(count, dtype=dtype, seed=step)
+            assert float(adamw.total_norm([gradient, gradient])) == pytest.approx(float(gradient.double().norm()) * 2**0.5, rel=1e-5)
+            adamw.adamw_step(master, gradient, moments, parameter, rates, step=step, scale=torch.tensor(0.3))
+        assert torch.equal(parameter, master.to(dtype))
+        results.append([master, *moments])
+    for got, want in zip(*results):
+        assert error(got, want) < 1e-6
+
+
+def test_adamw_and_norms_do_not_depend_on_threads():
+    gradient, results = draw(100_001), []
+    for threads in (1, 2, 3):
+        master, moments = draw(100_001, seed=1), (torch.zeros(100_001), torch.zeros(100_001))
+        native.adamw(master, gradient, moments, None, 1.0, 1.0, 0.1, (0.9, 0.99), 0.1, 1e-8, threads=threads)
+        results.append((native.squares(gradient, threads=threads), master, *moments))
+    for other in results[1:]:
+        assert other[0] == results[0][0] and all(torch.equal(a, b) for a, b in zip(other[1:], results[0][1:]))
+
+
+@pytest.mark.slow
+def test_with_avx2_alone_too():
+    # where a processor has AVX-512, everything again without it, as most laptops are
+    if not set(compiler.WIDE) <= set(processor.flags() or ()):
+        pytest.skip("this processor's native kernels are those already")
+    code = """
+import sys, pytest
+from jevons.kernels import native, processor
+flags = [flag for flag in processor.flags() if not flag.startswith("avx512")]
+processor.flags = lambda: flags
+assert native.available(), native.reason()
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-m", "not slow", *sys.argv[1:]]))
+"""
+    files = [Path(__file__).parent / f"test_{name}.py" for name in ("native", "packed", "memory", "prefix")]
+    done = subprocess.run([sys.executable, "-c", code, *map(str, files)], capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]

@@ -62,7 +62,7 @@ def test_packed_fp32_says_what_the_modules_say(family: str) -> None:
     packed = made(family)
     before = sum(p.nbytes for p in packed.parameters())
     size = pack_model(packed, "fp32")
-    assert size > before // 2 and all(p.numel() == 0 for n, p in packed.named_parameters() if n.endswith("_proj.weight") and "eh_" not in n)
+    assert size > before // 2 and all(p.numel() == 0 for n, p in packed.named_parameters() if n.endswith("_proj.weight"))
     for params in (SamplingParams(max_tokens=20, temperature=0), SamplingParams(max_tokens=20, seed=1, temperature=0.8, top_p=0.9)):
         want = Engine(plain(family), use_native=False).generate(PROMPTS, params)
         # in one go; in chunks beside tokens that grow; in a cache that is too small; read in place or gathered
@@ -117,3 +117,43 @@ def test_what_cannot_be_packed_says_why() -> None:
     pack_model(packed, "fp32")
     with pytest.raises(ValueError, match="load_weights"):
         Engine(packed).load_weights(plain("qwen2").named_parameters(), version=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", CONFIGS)
+def test_weights_in_place_are_those_of_the_moment(family: str, dtype: torch.dtype) -> None:
+    """Whatever a trainer writes into the modules is sampled from, bit for bit as by an engine made afterwards."""
+    model, params = made(family, dtype), SamplingParams(max_tokens=8, seed=1)
+    engine = Engine(model)
+    old = engine.generate(PROMPTS, params)
+    with torch.no_grad():
+        for i, parameter in enumerate(model.parameters()):
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)).to(dtype), alpha=0.05)
+    engine.new_weights(1)
+    new = engine.generate(PROMPTS, params)
+    want = Engine(model).generate(PROMPTS, params)
+    assert [(s.tokens, s.logps) for s in new] == [(s.tokens, s.logps) for s in want] != [(s.tokens, s.logps) for s in old]
+
+
+def test_modules_and_parameters_that_others_replace_are_noticed() -> None:
+    model, params = made("deepseek_v3"), SamplingParams(max_tokens=8, temperature=0)
+    engine, plain_engine, call = Engine(model), Engine(model, use_native=False), model.call_layer
+    layer = model.model.layers[1]
+
+    def check(native: bool) -> None:
+        engine.new_weights(engine.version + 1)
+        plain_engine.new_weights(plain_engine.version + 1)
+        for got, expected in zip(engine.generate(PROMPTS, params), plain_engine.generate(PROMPTS, params)):
+            same(got, expected)
+        assert engine.runner._ready() == native and model.call_layer is call and model.rope_dtype is None
+
+    check(True)
+    layer.self_attn.o_proj.weight.data = torch.randn(32, 40) / 5  # another place in memory
+    check(True)
+    layer.mlp.experts.down_proj = torch.nn.Parameter(torch.randn_like(layer.mlp.experts.down_proj) / 5)
+    check(True)
+    projection = layer.self_attn.o_proj
+    layer.self_attn.o_proj = torch.nn.Sequential(projection, torch.nn.Tanh())  # nothing that is known here
+    check(False)
+    layer.self_attn.o_proj = projection
+    check(True)

@@ -10,13 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from jevons.data.chat import Message
 from jevons.data.tokenizer import Tokenizer
 from jevons.engine.engine import Engine
 from jevons.engine.packed import pack_model
 from jevons.engine.sequence import SamplingParams
 from jevons.kernels import native
 from jevons.model.folder import load_model
-from jevons.stages.sample import prompt_ids
+from jevons.stages.dialogue import prompt_ids
+from jevons.train import device
 
 pytestmark = pytest.mark.slow
 
@@ -51,7 +53,7 @@ def test_greedy_tokens_are_those_of_transformers(folder):
     transformers = pytest.importorskip("transformers")
     tokenizer = Tokenizer.load(folder)
     model = load_model(folder, dtype=torch.float32)
-    prompts = [prompt_ids(tokenizer, p) for p in PROMPTS]
+    prompts = [prompt_ids(tokenizer, [Message("user", p)]) for p in PROMPTS]
     samples = Engine(model, stop_ids=()).generate(prompts, SamplingParams(max_tokens=200, temperature=0))
     del model
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -66,16 +68,17 @@ def test_greedy_tokens_are_those_of_transformers(folder):
 
 
 def test_fewer_bits_cost_little_on_real_text(folder):
-    """Nats a token of real conversations under each weight format, beside the plain bf16 modules."""
+    """Nats a token of real conversations under each weight format, beside the plain modules in what this processor multiplies."""
     if not native.available():
         pytest.skip(native.reason())
     tokenizer, text = Tokenizer.load(folder), needs("JEVONS_REAL_TEXT")
     with text.open(encoding="utf-8") as source:
-        rows = [json.loads(line)["messages"] for line, _ in zip(source, range(12))]
-    prompts = [tokenizer.encode("\n\n".join(message["content"] for message in row))[:400] for row in rows]
+        rows = [json.loads(line)["messages"] for line, _ in zip(source, range(5))]
+    prompts = [tokenizer.encode("\n\n".join(message["content"] for message in row))[:200] for row in rows]
     nats = {}
     for format in ("plain", "bf16", "int8", "int4"):
-        model = load_model(folder)
+        dtype = device.best_dtype(torch.device("cpu")) if format == "plain" else "bfloat16"
+        model = load_model(folder, dtype=getattr(torch, dtype))
         if format != "plain":
             pack_model(model, format)
         scored = Engine(model).generate(prompts, SamplingParams(max_tokens=1, prompt_logprobs=0))
@@ -98,17 +101,17 @@ def test_it_writes_working_python(folder):
     code = re.search(r"```python\n(.*?)```", done.stdout, re.DOTALL)
     assert code, done.stdout
     check = code[1] + "\nprint([n for n in range(30) if is_prime(n)])"
-    run = subprocess.run([sys.executable, "-I", "-c", check], capture_output=True, text=True, timeout=20)
+    run = subprocess.run([sys.executable, "-I", "-c", check], capture_output=True, text=True, timeout=60)
     assert run.stdout.strip().endswith("[2, 3, 5, 7, 11, 13, 17, 19, 23, 29]"), run.stderr
 
 
-def test_loading_holds_little_more_than_the_checkpoint(folder):
+def test_loading_reads_no_weight_and_holds_little_more_than_the_checkpoint(folder):
+    """A pass over the weights would bring their pages into memory, whatever the clock says: on a busy machine it says anything."""
     command = [sys.executable, str(Path(__file__).parent.parent / "benchmarks" / "load.py"), "--model", str(folder)]
-    subprocess.run(command, capture_output=True, check=True)  # warms the disk's cache
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     ours = json.loads(done.stdout.splitlines()[-1])["ours"]
+    assert ours["memory_loaded"] <= 0.15  # 0.07, most of which torch imports meanwhile
     assert ours["memory"] <= 1.2
-    assert ours["seconds"] < 5
 
 
 def test_real_conversations_train(tmp_path):

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jevons.model.config import ModelConfig
-from jevons.recipe import Recipe, find, load, override, parse
+from jevons.recipe import TRAINING, Recipe, find, load, override, parse
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.toml"))
 TINY = tomllib.loads(
@@ -81,7 +81,7 @@ def refused(values) -> str:
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 def test_our_recipes(path):
     recipe = load(str(path))
-    assert recipe.name == path.stem and "pretrain" in recipe.stages
+    assert recipe.name == path.stem and ("pretrain" in recipe.stages or "path" in recipe.model)
     # each says what it takes and what to expect
     head = path.read_text(encoding="utf-8").partition("\nname =")[0]
     for word in ("hardware", "time", "cost", "expect"):
@@ -165,8 +165,11 @@ def test_impossible_models(changes, complaint):
     "changes, complaint",
     [
         ({"prepare": GONE}, "[pretrain] needs [prepare]: there is nothing to train on"),
-        ({"pretrain": GONE}, "[evaluate] needs [pretrain]: there is no model to evaluate"),
-        ({"prepare": GONE, "pretrain": GONE, "evaluate": GONE}, "the recipe has no stage; add [prepare], [pretrain] or [evaluate]"),
+        ({"pretrain": GONE}, "[evaluate] needs [pretrain], or model.path: there is no model to begin with"),
+        (
+            {"prepare": GONE, "pretrain": GONE, "evaluate": GONE},
+            "the recipe has no stage; add one of [prepare], [pretrain], [sft], [rl], [evaluate]",
+        ),
         ({"pretrain.sequence_length": 129}, "pretrain.sequence_length: 129 is more than model.max_position_embeddings 128"),
         ({"pretrain.micro_batch_size": 3}, "pretrain.micro_batch_size: 3 does not divide batch_size 4"),
         ({"pretrain.warmup_steps": 20}, "pretrain.warmup_steps: must be less than steps 20, is 20"),
@@ -260,7 +263,8 @@ def test_saved_recipe_is_the_same_recipe(path, tmp_path):
     recipe.save(tmp_path / "recipe.toml")
     assert load(str(tmp_path / "recipe.toml")) == recipe
     written = tomllib.loads(recipe.to_toml())
-    assert written["pretrain"]["betas"] == list(recipe.pretrain.betas) and written["device"] == recipe.device  # defaults too
+    stage = next(stage for stage in TRAINING if stage in recipe.stages)
+    assert written[stage]["betas"] == list(getattr(recipe, stage).betas) and written["device"] == recipe.device  # defaults too
     assert written["model"] == (recipe.model if path else TINY["model"])
 
 

@@ -10,7 +10,8 @@ from xml.etree import ElementTree
 import pytest
 
 from jevons.plot import EDGES, Axis, dollars, draw_heat, duration, fit_axis, heat_level, mean_loads, number, smooth, spread, thin_out
-from jevons.report import read_metrics, write_report
+from jevons.record import read_metrics
+from jevons.report import write_report
 
 HOSTILE = "</script><img src=x onerror=alert(1)>\"'&\ud83d"
 
@@ -176,6 +177,104 @@ def test_page_stands_alone(tmp_path: Path) -> None:
     assert "prefers-color-scheme:dark" in html and "width=device-width" in html
 
 
+def rl_rows(steps: int, *, parts: bool = True, text: str = "") -> list[dict]:
+    """What a stage of reinforcement learning logs: rows, measurements on held-out problems, and answers to the same problem."""
+    rows: list[dict] = [{"stage": "rl", "step": 0, "held_out": 0.125}]
+    for s in range(1, steps + 1):
+        row: dict = {"stage": "rl", "step": s, "accuracy": 0.1 + s / 100, "reward": 0.1 + s / 100, "loss": -0.001 * s, "lr": 1e-4}
+        row |= {"no_signal": 0.25, "mismatch_max": 0.01 * s, "kl": 0.0, "ratio": 1 + 1e-5 * s, "response_tokens": 90.0 - s}
+        row |= {"tokens": 800 * s, "seconds": 2.0 * s}
+        row |= {"reward_correct": 0.1 + s / 100, "reward_format": 0.2, "reward": 0.3 + s / 100} if parts else {}
+        rows.append(row | {f"oddity {text}": s / 2} if text else row)
+        if s % 10 == 0:
+            sample = {"prompt": f"p {text}", "reply": f"<think>r {text}</think>right {s}", "correct": s > 10}
+            sample |= {"other": {"reply": f"wrong {s} {text}", "correct": False}} if s > 10 else {}
+            rows += [{"stage": "rl", "step": s, "sample": sample}, {"stage": "rl", "step": s, "held_out": 0.125 + s / 100}]
+    return rows
+
+
+def taught_run(folder: Path, text: str = "plain") -> None:
+    """A run that was pretrained, taught by reinforcement, and measured before and after that."""
+    write_rows(folder, [*training_rows(10), *rl_rows(30, text=text)])
+    task = {"task": f"sums {text}", "problems": 200, "mean_tokens": 61.2, "by_category": {f"kind {text}": 0.5, "other": 1.0}}
+    before = {**task, "accuracy": 0.125, "low": 0.08, "high": 0.18, "by_difficulty": {text: 0.125}}
+    after = {**task, "accuracy": 0.655, "low": 0.59, "high": 0.72, "by_difficulty": {text: 0.5, "2": 0.75}}
+    after["gain"] = {"value": 0.53, "low": 0.46, "high": 0.6}
+    (folder / "evaluate").mkdir()
+    (folder / "evaluate/results.json").write_text(json.dumps({"tasks": [after], "before": {"model": "m", "tasks": [before]}}))
+
+
+def charts(html: str) -> dict[str, str]:
+    """Charts by their title."""
+    figures = re.findall(r"<figure.*?</figure>", html, re.DOTALL)
+    return {re.search(r"<figcaption>([^<]*)", figure).group(1).strip(): figure for figure in figures}  # type: ignore[union-attr]
+
+
+def test_before_and_after_reinforcement_learning_stand_beside_each_other(tmp_path: Path) -> None:
+    taught_run(tmp_path)
+    html = write_report(tmp_path).read_text()
+    words = " ".join(Page(html).text)
+    assert "12.5% \u2192 65.5%" in words and "+53 points (+46 to +60), 200 problems" in words
+    assert "It solves 65.5% of sums plain (12.5% before reinforcement learning)" in words
+    assert html.count('class="track was"') == html.count('class="track"') == 1
+    assert html.count('class="was" style="width:12.5%"') == 1  # the level that both have
+    assert "by difficulty" in words and "by category" in words
+
+
+def test_reinforcement_learning_shows_right_answers_large_and_its_loss_small(tmp_path: Path) -> None:
+    taught_run(tmp_path)
+    html = write_report(tmp_path).read_text()
+    section = html[html.index("<h2>Reinforcement learning</h2>") :]
+    drawn = charts(section)
+    assert list(drawn)[:2] == ["Right answers, percent", "Reward and its parts"]
+    assert "height:280px" in drawn["Right answers, percent"] and "height:120px" in drawn["Loss"]
+    assert re.findall(r'data-name="(.*?)"', drawn["Right answers, percent"]) == ["training", "held out"]
+    assert re.findall(r'data-name="(.*?)"', drawn["Reward and its parts"]) == ["reward", "correct", "format"]
+    assert {"Tokens of a reply", "Sampler against trainer, worst token", "Ratio of new to old probability"} <= drawn.keys()
+    words = " ".join(Page(section[: section.index("</section>")]).text)
+    assert "42.5% of held-out problems are answered right, 12.5% at the start." in words
+    assert "25% of the groups had equal rewards and taught nothing." in words and "differ by more than 0.3 nats" in words
+    assert "The same at all steps:" in words and "KL to the reference, nats per token 0" in words and "Learning rate 0.0001" in words
+
+
+def test_a_reward_that_is_the_accuracy_is_drawn_once(tmp_path: Path) -> None:
+    write_rows(tmp_path, rl_rows(12, parts=False))
+    html = write_report(tmp_path).read_text()
+    drawn = charts(html)
+    assert "Right answers, percent" in drawn and not [title for title in drawn if title.startswith("Reward")]
+    assert "training loss" not in html  # the policy's is nobody's measure
+
+
+def test_each_task_has_a_curve_where_several_are_trained(tmp_path: Path) -> None:
+    more = [{"stage": "rl", "step": s, "held_out": 0.5, "held_out_sums": 0.4, "held_out_games": 0.6} for s in (0, 10)]
+    write_rows(tmp_path, [*rl_rows(9), *more])
+    chart = charts(write_report(tmp_path).read_text())["Right answers, percent"]
+    assert re.findall(r'data-name="(.*?)"', chart) == ["training", "held out", "sums", "games"]
+
+
+def test_a_right_answer_stands_beside_a_wrong_one(tmp_path: Path) -> None:
+    taught_run(tmp_path)
+    rows = re.findall(r"<li>.*?</li>", write_report(tmp_path).read_text(), re.DOTALL)
+    assert [re.findall(r'title="(right|wrong)"', row) for row in rows] == [["wrong"], ["right", "wrong"], ["right", "wrong"]]
+    assert "right 20" in rows[1] and "wrong 20 plain" in rows[1]
+
+
+def test_hostile_answers_stay_text(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    taught_run(tmp_path / "a", "x" * len(HOSTILE))
+    taught_run(tmp_path / "b", HOSTILE)
+    plain, hostile = (Page(write_report(tmp_path / name).read_text(encoding="utf-8")) for name in "ab")
+    assert hostile.tags == plain.tags and hostile.attributes == plain.attributes and "img" not in hostile.tags
+
+
+def test_ticks_are_told_apart(tmp_path: Path) -> None:
+    write_rows(tmp_path, rl_rows(30))
+    for chart in charts(write_report(tmp_path).read_text()).values():
+        ticks = re.findall(r'<i class="y"[^>]*>(.*?)</i>', chart)
+        assert len(set(ticks)) == len(ticks)
+
+
 def test_drawings_are_well_formed_and_inside_their_box(tmp_path: Path) -> None:
     full_run(tmp_path)
     drawings = re.findall(r"<svg.*?</svg>", write_report(tmp_path).read_text(), re.DOTALL)
@@ -269,4 +368,18 @@ def test_numbers_for_people() -> None:
     values = (0, 0.00031, 1.2e-7, 1.6, 83, 1234, 12_345, 999_999, 49.2e6, 15e12, 2.1e15, -0.5)
     assert [number(v) for v in values] == ["0", "0.00031", "1.2e-7", "1.6", "83", "1,234", "12.3k", "1M", "49.2M", "15T", "2.1e15", "-0.5"]
     assert [duration(s) for s in (0.5, 19.2, 59.9, 9660, 7200, 100_000)] == ["0.5 s", "19 s", "60 s", "2 h 41 min", "2 h", "1 d 3 h"]
-    assert [dollars(m) for m in (0, 0.0003, 0.35, 1234.5)] == ["$0.00", "$0.0003", "$0.35", "$1,234.50"]
+    money = {0: "$0.00", 4.26e-7: "$0.00000043", 0.0003: "$0.0003", 0.0999: "$0.1", 0.35: "$0.35", 1234.5: "$1,234.50"}
+    assert {m: dollars(m) for m in money} == money
+
+
+def test_moments_of_one_problem():
+    from jevons.stages.moment import moments
+
+    def row(stage, step, prompt, correct):
+        return {"stage": stage, "step": step, "sample": {"prompt": prompt, "reply": f"{stage}{step}", "correct": correct}}
+
+    rows = [row("pretrain", 10, "1+1", False), row("pretrain", 10, "2+2", False), row("pretrain", 20, "1+1", True)]
+    rows += [row("sft", 5, "1+1", False), row("rl", 10, "1+1", False), row("rl", 20, "1+1", True), {"stage": "rl", "step": 20, "loss": 1.0}]
+    prompt, shown = moments(rows)
+    assert prompt == "1+1" and [m[:2] for m in shown] == [("pretrain", 10), ("pretrain", 20), ("sft", 5), ("rl", 20)]
+    assert moments([{"stage": "rl", "step": 1, "sample": {"prompt": "once", "reply": "upon"}}]) == ("", [])

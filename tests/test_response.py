@@ -332,7 +332,7 @@ def test_a_client_that_goes_away_ends_the_work(letters, serve):
         service = Scripted(letters, *first, 60.0, said())
         url = serve(service)
         with (
-            httpx.Client(timeout=1) as http,
+            httpx.Client(timeout=30 if stream else 1) as http,
             pytest.raises(httpx.ReadTimeout)
             if not stream
             else http.stream("POST", url + "/v1/responses", json=ASK | {"stream": True}) as reply,
@@ -341,7 +341,7 @@ def test_a_client_that_goes_away_ends_the_work(letters, serve):
                 assert "response.created" in next(reply.iter_lines())
             else:
                 http.post(url + "/v1/responses", json=ASK)
-        end = time.perf_counter() + 2
+        end = time.perf_counter() + 30
         while not service.closed and time.perf_counter() < end:
             time.sleep(0.01)
         assert service.closed == 1

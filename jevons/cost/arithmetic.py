@@ -8,6 +8,7 @@ weighted sum; softmax, activations and optimiser are left out, and recomputation
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from jevons.model.config import ModelConfig
@@ -37,15 +38,19 @@ class Parameters:
 
 def parameters(config: ModelConfig) -> Parameters:
     """Exact parameter counts of a configuration."""
-    layers = range(config.num_hidden_layers)
+    memory = config.memory_targets
+    alike: dict[tuple[bool, bool], list[int]] = {}  # layers with the same parts: each kind is counted once
+    for layer in range(config.num_hidden_layers):
+        alike.setdefault((config.is_moe(layer), layer in memory), []).append(layer)
     modules = range(config.num_hidden_layers, config.num_hidden_layers + config.num_nextn_predict_layers)
     embedding = config.vocab_size * config.hidden_size
     head = 0 if config.tie_word_embeddings else embedding
     outside = embedding + head + config.hidden_size  # and the last norm
-    active = outside + sum(layer_parameters(config, layer, active=True) for layer in layers)
-    buffers = sum(correction_biases(config) for layer in layers if config.is_moe(layer))
+    active = outside + sum(len(layers) * layer_parameters(config, layers[0], active=True) for layers in alike.values())
+    buffers = sum(len(layers) * correction_biases(config) for (moe, _), layers in alike.items() if moe)
+    shared = config.memory_rows * (config.memory_value_dim + config.memory_pre_value_dim) if config.memory_shared else 0
     return Parameters(
-        total=outside + sum(layer_parameters(config, layer) for layer in layers) - buffers,
+        total=outside + shared + sum(len(layers) * layer_parameters(config, layers[0]) for layers in alike.values()) - buffers,
         active=active,
         active_without_embedding=active - head,  # one W * D matrix fewer; with a tied one it was counted once, as the head
         embedding=embedding,
@@ -108,7 +113,47 @@ def layer_parameters(config: ModelConfig, layer: int, *, active: bool = False) -
         feed_forward = moe_parameters(config, active=active)
     else:
         feed_forward = swiglu_parameters(config, config.intermediate_size)
-    return attention_parameters(config) + feed_forward + 2 * config.hidden_size
+    memory = memory_parameters(config, active=active) if layer in config.memory_targets else 0
+    return attention_parameters(config) + feed_forward + memory + 2 * config.hidden_size
+
+
+def memory_parameters(config: ModelConfig, *, active: bool = False) -> int:
+    """One memory layer (model/ultramem.py) with its own table of values, or, if `active`, the rows that one token looks up.
+
+    UltraMemV2's table belongs to no layer; `parameters` counts it once.
+    """
+    D, H, R, Y = config.hidden_size, config.memory_heads, config.memory_rank, config.memory_key_dim
+    V, P = config.memory_value_dim, config.memory_pre_value_dim
+    queries = 2 * R if config.memory_shared else 2
+    search = D * queries * Y + 2 * Y + 2 * H * config.memory_side * R * Y + config.memory_cores * H * R * R
+    project = D * P + (V if config.memory_shared else config.memory_expansion * V) * D
+    rows = H * config.memory_top_k if active else 0 if config.memory_shared else config.memory_rows
+    return search + project + rows * (V + P)
+
+
+def memory_flops(config: ModelConfig) -> int:
+    """Forward FLOPs of one token in one memory layer: query, keys, candidates, rows (an addition a value, as published), projection."""
+    D, H, R, Y, M = config.hidden_size, config.memory_heads, config.memory_rank, config.memory_key_dim, config.memory_top_k
+    V, P = config.memory_value_dim, config.memory_pre_value_dim
+    query = 2 * D * (2 * R if config.memory_shared else 2) * Y
+    keys = 2 * H * 2 * config.memory_side * Y * R
+    candidates = 2 * H * M**2 * R**2 * config.memory_cores
+    rows = M * H * (V + 2 * P)
+    return query + keys + candidates + rows + 2 * (V if config.memory_shared else config.memory_expansion * V) * D + 2 * D * P
+
+
+def distinct(drawn: float, among: int) -> float:
+    """How many different ones are expected among `drawn` uniform draws: rows that a batch of tokens really reads, or experts."""
+    return among * -math.expm1(drawn * math.log1p(-1 / among)) if among > 1 else float(drawn > 0)
+
+
+def memory_read(config: ModelConfig, tokens: float) -> float:
+    """Scalars of the tables that a step of this many tokens is expected to read in all memory layers, were rows chosen uniformly.
+
+    Rows that several tokens chose are read once. Real choices are not uniform, so this is the most; measure where it matters.
+    """
+    rows = distinct(tokens * config.memory_heads * config.memory_top_k, config.memory_window)
+    return len(config.memory_layers) * rows * (config.memory_value_dim + config.memory_pre_value_dim)
 
 
 def mtp_parameters(config: ModelConfig, layer: int, *, active: bool = False) -> int:
@@ -123,13 +168,19 @@ def attention_flops(config: ModelConfig, context: float, layers: int) -> float:
     return layers * 2 * config.num_attention_heads * (config.qk_head_dim + value) * context
 
 
+def multiply_flops(config: ModelConfig) -> int:
+    """Forward FLOPs of one token outside attention's scores: two for every active parameter, memory layers by their own count."""
+    searched = len(config.memory_layers) * (memory_flops(config) - 2 * memory_parameters(config, active=True))
+    return 2 * parameters(config).active_without_embedding + (searched if config.memory_layers else 0)
+
+
 def forward_flops(config: ModelConfig, context: float, *, head: bool = True, mtp: bool = False) -> float:
     """Forward FLOPs of one token that attends to `context` keys on average.
 
     `head=False` leaves the output projection out; `mtp=True` adds the MTP modules, each with its own pass through the head.
     """
     head_flops = 2 * config.vocab_size * config.hidden_size
-    flops = 2 * parameters(config).active_without_embedding + attention_flops(config, context, config.num_hidden_layers)
+    flops = multiply_flops(config) + attention_flops(config, context, config.num_hidden_layers)
     if mtp:
         for module in range(config.num_nextn_predict_layers):
             flops += 2 * mtp_parameters(config, config.num_hidden_layers + module, active=True) + head_flops
@@ -170,7 +221,7 @@ def decode_flops(config: ModelConfig, context: float, absorbed: bool = True) -> 
     assert config.kv_lora_rank is not None
     N, C, R = config.num_attention_heads, config.kv_lora_rank, config.qk_rope_head_dim
     if absorbed:  # the absorbed projections cost what kv_b_proj does for one token, which the parameters' term already counts
-        return 2 * parameters(config).active_without_embedding + config.num_hidden_layers * 2 * N * (C + R + C) * context
+        return multiply_flops(config) + config.num_hidden_layers * 2 * N * (C + R + C) * context
     expand = config.num_hidden_layers * 2 * C * N * (config.qk_nope_head_dim + config.v_head_dim) * context
     return forward_flops(config, context) + expand
 

@@ -2,16 +2,18 @@
 
 Tables are made where they are missing, by whichever process comes first. SQLite runs with a write-ahead log, so that readers
 never block, and keeps its default of syncing the log at every commit: a committed row survives a power cut too, and the meter
-writes many rows a commit. Not done: migrations. A table that lacks a column is refused, not altered.
+writes many rows a commit. A table of an earlier version gets the columns that it lacks, where they may be null: neither its rows
+nor programs of that version mind. Not done: any other migration; a table that lacks more than that is refused.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import sqlalchemy as sql
-from sqlalchemy.exc import ArgumentError, DatabaseError, NoSuchModuleError, OperationalError
+from sqlalchemy.exc import ArgumentError, DatabaseError, NoSuchModuleError, OperationalError, ProgrammingError
 from sqlalchemy.schema import CreateIndex, CreateTable
 
 SCHEMA_LOCK = 0x6A65766F6E73  # a number of our own among PostgreSQL's advisory locks
@@ -44,9 +46,7 @@ def open_database(url_or_path: str | Path, tables: Sequence[sql.Table], *, busy_
             for table in new:
                 connection.execute(CreateTable(table, if_not_exists=True))
             for table in tables:
-                columns = {column["name"] for column in sql.inspect(connection).get_columns(table.name)}
-                if missing := {column.name for column in table.columns} - columns:
-                    raise ValueError(f"{name}: not a ledger (its table `{table.name}` lacks {', '.join(sorted(missing))}); name another")
+                _complete(connection, table, name)
             for index in (index for table in new for index in table.indexes):
                 connection.execute(CreateIndex(index, if_not_exists=True))
     except (DatabaseError, ValueError) as error:
@@ -57,6 +57,33 @@ def open_database(url_or_path: str | Path, tables: Sequence[sql.Table], *, busy_
             raise
         raise ValueError(f"{name}: not a ledger ({getattr(error, 'orig', error)}); name another file") from error
     return engine
+
+
+def missing_columns(connection: sql.Connection, table: sql.Table) -> list[sql.Column[Any]]:
+    present = {column["name"] for column in sql.inspect(connection).get_columns(table.name)}
+    return [column for column in table.columns if column.name not in present]
+
+
+def _complete(connection: sql.Connection, table: sql.Table, name: str) -> None:
+    """Add the columns that came after the table was made. Raises ValueError where one of them has no value for the rows there are."""
+    if not (missing := missing_columns(connection, table)):
+        return
+    if required := sorted(column.name for column in missing if not column.nullable):
+        raise ValueError(f"{name}: not a ledger (its table `{table.name}` lacks {', '.join(required)}); name another")
+    if connection.dialect.name == "sqlite":  # elsewhere the schema's lock is held by now; here DDL opens no transaction by itself
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+        missing = missing_columns(connection, table)  # another process may have added them before we had the lock
+    for statement in (add_column(table, column, connection.dialect) for column in missing):
+        try:
+            connection.exec_driver_sql(statement)
+        except ProgrammingError as error:  # whoever may write into a table need not own it
+            raise ValueError(f"{name}: an earlier version's ledger ({error.orig}); as its owner, say: {statement}") from error
+
+
+def add_column(table: sql.Table, column: sql.Column[Any], dialect: sql.Dialect) -> str:
+    """The statement that adds a nullable column to a table."""
+    names = dialect.identifier_preparer
+    return f"ALTER TABLE {names.format_table(table)} ADD COLUMN {names.format_column(column)} {column.type.compile(dialect)}"
 
 
 def _url(url_or_path: str | Path) -> sql.URL:

@@ -27,6 +27,7 @@ RECEIPTS = sql.Table(
     sql.Column("tokens", sql.BigInteger, nullable=False),
     sql.Column("flops", sql.Double, nullable=False),  # Double, because Float is single precision in some databases
     sql.Column("seconds", sql.Double, nullable=False),
+    sql.Column("memory", sql.BigInteger),
     sql.Column("peak_flops", sql.Double),
     sql.Column("price_per_hour", sql.Double, nullable=False),
     sql.Column("started", sql.Double, nullable=False),

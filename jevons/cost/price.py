@@ -34,7 +34,7 @@ class Tariff(BaseModel):
     miss: float = Field(ge=0)  # the other prompt tokens
     output: float = Field(ge=0)
 
-    def cost(self, *, prompt: int, cached: int, completion: int) -> float:
+    def cost(self, *, prompt: float, cached: float, completion: float) -> float:
         assert 0 <= cached <= prompt
         return (cached * self.hit + (prompt - cached) * self.miss + completion * self.output) / 1e6
 
@@ -133,6 +133,10 @@ class Prices:
     def models(self) -> list[str]:
         return sorted(self._entries)
 
+    def since(self, model: str) -> datetime:
+        """From when on a model of `models` has a price."""
+        return self._entries[model][0].valid_from
+
     def at(self, model: str, when: float) -> Tariff:
         """A model's prices at a moment, in seconds since the epoch. Raises ValueError for a model or a time without one."""
         if model not in self._entries:
@@ -158,10 +162,12 @@ class Prices:
 
 
 def _read(path: Path) -> Table:
+    if not path.is_file():
+        raise ValueError(f"--prices {path}: no such file")
     try:
         return Table.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{path}: {error}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not TOML: {error}") from error
     except ValidationError as error:
         problems = "".join(f"\n  {'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise ValueError(f"{path}:{problems}") from error

@@ -7,7 +7,7 @@ records it again. Everything else (speed, utilisation, money) is derived, so it 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ class Plan:
     flops: float
     seconds: float  # wall clock
     money: float
+    memory: int | None = None  # peak bytes of one device; None where nobody planned it
 
 
 @dataclass(kw_only=True)
@@ -37,6 +38,7 @@ class Receipt:
     tokens: int = 0
     flops: float = 0.0
     seconds: float = 0.0
+    memory: int | None = None  # peak bytes of one device, over all attempts; None where nobody looked
     peak_flops: float | None = None  # measured, of one device
     price_per_hour: float = 0.0  # of one device, in the user's currency
     started: float = 0.0  # seconds since the epoch
@@ -67,12 +69,23 @@ class Receipt:
 
     @property
     def share_of_peak(self) -> float | None:
-        """Model FLOPS utilisation, 0 to 1; None where no peak is known."""
-        return self.tflops * 1e12 / self.peak_flops if self.peak_flops else None
+        """Model FLOPS utilisation, 0 to 1; None where no peak is known or no FLOPs are counted."""
+        return self.tflops * 1e12 / self.peak_flops if self.peak_flops and self.flops else None
+
+    def difference(self, name: str) -> float | None:
+        """How much more than planned a field of the plan came to, as a share: 0.1 is a tenth more. None before the stage has ended."""
+        planned, actual = getattr(self.planned, name, None), getattr(self, name)
+        return actual / planned - 1 if self.finished is not None and planned and actual is not None else None
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, ready for JSON; `planned` is a dict or None."""
         return dataclasses.asdict(self)
+
+    def describe(self) -> dict[str, Any]:
+        """The fields, and all that is derived from them: a line of a report."""
+        derived = ("device_hours", "tokens_per_second", "tflops", "share_of_peak", "money")
+        values = self.to_dict() | {name: getattr(self, name) for name in derived}
+        return values | ({"difference": {f.name: self.difference(f.name) for f in dataclasses.fields(Plan)}} if self.planned else {})
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Receipt:
@@ -110,10 +123,10 @@ def total(receipts: Iterable[Receipt]) -> Totals:
 
 
 def render(receipts: Iterable[Receipt]) -> Table:
-    """A table for a terminal: one line a stage, its plan (where there is one) dimmed below it, and a total.
+    """A table for a terminal: one line a stage, dimmed below it its plan and how far off that was, where there is one, and a total.
 
-    TFLOPS are one device's, hours are device-hours. A run or device that all lines share stands in the title, which keeps
-    the table of one run within 80 columns.
+    A run or device that all lines share stands in the title, which keeps the table of one run within 80 columns; device-hours are
+    there where a line has several devices.
     """
     from rich import box
     from rich.table import Table
@@ -123,38 +136,31 @@ def render(receipts: Iterable[Receipt]) -> Table:
     shared = {key for key, values in names.items() if key != "stage" and len(set(values)) == 1}
     title = " on ".join(values[0] for key, values in names.items() if key in shared)
     text_columns = [key for key in names if key not in shared]
-    totals = total(rows)
-    footers = {
-        "tokens": format_count(totals.tokens),
-        "time": format_seconds(totals.seconds),
-        "FLOPs": format_flops(totals.flops).removesuffix("FLOP"),
-        "tokens/s": "",
-        "TFLOPS": "",
-        "of peak": "",
-        "hours": format_amount(totals.device_hours),
-        "money": format_amount(totals.money),
-    }
+    hours = ["hours"] if any(r.device_count > 1 for r in rows) else []
+    heads = ["tokens", "time", "FLOPs", "memory", "tokens/s", "of peak", *hours, "money"]
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_footer=bool(rows), pad_edge=False, collapse_padding=True)
+
+    def numbers(part: Receipt | Plan | Totals, memory: int | None, device_hours: float, rates: Sequence[str] = ("", "")) -> list[str]:
+        flops = format_flops(part.flops).removesuffix("FLOP")  # the column's head says so
+        cells = [format_count(part.tokens), format_seconds(part.seconds), flops, "-" if memory is None else format_bytes(memory), *rates]
+        return [*cells, *([format_amount(device_hours)] if hours else []), format_amount(part.money)]
+
+    totals = total(rows)
+    footers = numbers(totals, max((r.memory for r in rows if r.memory is not None), default=None), totals.device_hours)
     for key in text_columns:
         table.add_column(key, footer="total" if key == text_columns[0] else "", no_wrap=key == "stage")
-    for key, footer in footers.items():
-        table.add_column(key, footer=footer, justify="right", no_wrap=True)
+    for head, footer in zip(heads, footers):
+        table.add_column(head, footer=footer, justify="right", no_wrap=True)
     for i, r in enumerate(rows):
-        share = "-" if r.share_of_peak is None else f"{r.share_of_peak:.1%}"
-        table.add_row(
-            *(names[key][i] for key in text_columns),
-            *_amounts(r.tokens, r.seconds, r.flops),
-            *(f"{r.tokens_per_second:,.0f}", format_amount(r.tflops), share),
-            *(format_amount(r.device_hours), format_amount(r.money)),
-        )
+        rates = f"{r.tokens_per_second:,.0f}", "-" if r.share_of_peak is None else f"{r.share_of_peak:.1%}"
+        table.add_row(*(names[key][i] for key in text_columns), *numbers(r, r.memory, r.device_hours, rates))
         if plan := r.planned:
-            table.add_row(
-                *("planned" if key == "stage" else "" for key in text_columns),
-                *_amounts(plan.tokens, plan.seconds, plan.flops),
-                *("", "", ""),
-                *(format_amount(plan.seconds * r.device_count / 3600), format_amount(plan.money)),
-                style="dim",
-            )
+            cells = numbers(plan, plan.memory, plan.seconds * r.device_count / 3600)
+            table.add_row(*("planned" if key == "stage" else "" for key in text_columns), *cells, style="dim")
+            fields = {"tokens": "tokens", "time": "seconds", "FLOPs": "flops", "memory": "memory", "money": "money"}
+            shares = [r.difference(fields[head]) if head in fields else None for head in heads]
+            if any(off := ["" if share is None else format_difference(share) for share in shares]):
+                table.add_row(*("off by" if key == "stage" else "" for key in text_columns), *off, style="dim")
     return table
 
 
@@ -162,8 +168,9 @@ def _device(receipt: Receipt) -> str:
     return receipt.device if receipt.device_count == 1 else f"{receipt.device_count:,} x {receipt.device}"
 
 
-def _amounts(tokens: int, seconds: float, flops: float) -> tuple[str, str, str]:
-    return format_count(tokens), format_seconds(seconds), format_flops(flops).removesuffix("FLOP")  # the column's head says so
+def format_difference(share: float) -> str:
+    """How much more or less than planned: +3.1%, -0.4%, +120%."""
+    return f"{round(share, 3) + 0.0:+.1%}" if abs(share) < 1 else f"{share:+.0%}"  # + 0.0: no -0.0%
 
 
 def format_amount(amount: float) -> str:
@@ -177,6 +184,14 @@ def format_count(count: int) -> str:
         if (scaled := count / 10**exponent) >= 1:
             return f"{scaled:.{2 if scaled < 10 else 1 if scaled < 100 else 0}f}{prefix}"
     return str(count)
+
+
+def format_bytes(count: float) -> str:
+    """Memory in its binary unit: 812 B, 5.83 GiB."""
+    for exponent, unit in ((40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if (scaled := count / 2**exponent) >= 1:
+            return f"{scaled:.{2 if scaled < 10 else 1 if scaled < 100 else 0}f} {unit}"
+    return f"{count:.0f} B"
 
 
 def format_seconds(seconds: float) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import uuid
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -63,8 +63,13 @@ USAGE = sql.Table(
     sql.Column("status", sql.Text, nullable=False),
     sql.Column("started", sql.Double, nullable=False, index=True),
     sql.Column("minute", sql.BigInteger, nullable=False),  # of `started`: databases round it each in their own way
+    sql.Column("session", sql.String(128)),  # the run_id of the server's receipt; null in rows of earlier versions
 )
 COUNTS = ("prompt", "cached", "completion", "reasoning")
+Group = Literal["key", "model", "day", "session"]
+GROUPS: dict[Group, sql.ColumnElement[Any]] = {
+    "key": USAGE.c.key_id, "model": USAGE.c.model, "day": USAGE.c.minute // 1440, "session": sql.func.coalesce(USAGE.c.session, ""),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +91,7 @@ class UsageRow:
     money: float | None = None  # None until it is priced
     status: str = "stop"  # the finish reason, or "error"
     started: float = 0.0  # since the epoch
+    session: str | None = None  # the run_id of the receipt of the server that answered
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     def __post_init__(self) -> None:
@@ -118,9 +124,9 @@ class KeyRow:
 
 @dataclass(frozen=True, kw_only=True)
 class UsageSums:
-    """Sums over the requests of a key, a model or a UTC day; `ttft` is the median."""
+    """Sums over the requests of a key, a model, a UTC day or a server's session; `ttft` is the median."""
 
-    group: str  # the key's id, the model, or the day as 2026-11-25
+    group: str  # the key's id, the model, the day as 2026-11-25, or the session ("" where none is known)
     label: str  # the key's name, or the same
     requests: int
     prompt: int
@@ -130,6 +136,25 @@ class UsageSums:
     device_seconds: float
     money: float
     ttft: float | None
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Tokens that a group asked for in one minute, which began at `when` (seconds since the epoch)."""
+
+    group: str
+    when: float
+    prompt: int
+    cached: int
+    completion: int
+
+
+def cost_at(traffic: Iterable[Traffic], prices: Prices, model: str) -> dict[str, float]:
+    """What each group's tokens cost at a model's prices, minute by minute. Raises ValueError where the table has no such price."""
+    costs: defaultdict[str, float] = defaultdict(float)
+    for part in traffic:
+        costs[part.group] += prices.cost(model, prompt=part.prompt, cached=part.cached, completion=part.completion, when=part.when)
+    return dict(costs)
 
 
 class UsageStore:
@@ -162,9 +187,9 @@ class UsageStore:
             for key_id, money in sorted(spent.items()):  # in one order everywhere, or two servers could wait for each other
                 connection.execute(KEYS.update().where(KEYS.c.id == key_id).values(spent=KEYS.c.spent + money))
 
-    def sums(self, by: Literal["key", "model", "day"], since: float | None = None) -> list[UsageSums]:
+    def sums(self, by: Group, since: float | None = None) -> list[UsageSums]:
         """Sums in the order of their groups, over requests that started at `since` or later."""
-        group: sql.ColumnElement[Any] = {"key": USAGE.c.key_id, "model": USAGE.c.model, "day": USAGE.c.minute // 1440}[by]
+        group = GROUPS[by]
         chosen = sql.select(USAGE, group.label("grp")).where(_since(since)).subquery()
         sums = [sql.func.sum(chosen.c[name]).label(name) for name in (*COUNTS, "device_seconds", "money")]
         query = sql.select(chosen.c.grp, sql.func.max(chosen.c.key_name).label("name"), sql.func.count().label("requests"), *sums)
@@ -182,16 +207,17 @@ class UsageStore:
             rows = connection.execute(query.group_by(chosen.c.grp).order_by(chosen.c.grp)).mappings().all()
         return [_sums(by, row, medians.get(row["grp"])) for row in rows]
 
-    def cost_at(self, prices: Prices, model: str, since: float | None = None) -> dict[str, float]:
-        """What the tokens of each key would have cost at `model`'s prices of the minute in which they were asked for."""
-        columns = [sql.func.sum(USAGE.c[name]).label(name) for name in COUNTS[:3]]
-        groups = (USAGE.c.key_id, USAGE.c.minute)
-        costs: defaultdict[str, float] = defaultdict(float)
+    def traffic(self, by: Group, since: float | None = None) -> list[Traffic]:
+        """The tokens of each group, minute by minute: what prices that change with the time of day are applied to."""
+        group = GROUPS[by].label("grp")
+        query = sql.select(group, USAGE.c.minute, *(sql.func.sum(USAGE.c[name]).label(name) for name in COUNTS[:3]))
         with self.engine.connect() as connection:
-            for row in connection.execute(sql.select(*groups, *columns).where(_since(since)).group_by(*groups)).mappings():
-                counts = {name: int(row[name]) for name in COUNTS[:3]}
-                costs[row["key_id"]] += prices.cost(model, **counts, when=row["minute"] * 60.0)
-        return dict(costs)
+            rows = connection.execute(query.where(_since(since)).group_by(group, USAGE.c.minute)).mappings()
+            return [Traffic(str(row["grp"]), row["minute"] * 60.0, *(int(row[name]) for name in COUNTS[:3])) for row in rows]
+
+    def cost_at(self, prices: Prices, model: str, since: float | None = None, by: Group = "key") -> dict[str, float]:
+        """What the tokens of each group would have cost at `model`'s prices of the minute in which they were asked for."""
+        return cost_at(self.traffic(by, since), prices, model)
 
     def money(self, since: float) -> float:
         """Of all requests that started at `since` or later."""

@@ -10,7 +10,7 @@ Not done: best-fit packing of documents into windows (windows cut documents; the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import KW_ONLY, dataclass, fields, replace
 from hashlib import blake2b
 from typing import Any
 
@@ -26,6 +26,9 @@ class Batch:
     """S segments in T packed tokens. Token i predicts targets_T[i], which counts weights_T[i] in the loss.
 
     positions_T restart at 0 in every segment; targets_T is 0 and weights_T 0.0 where there is nothing to predict.
+
+    The fields that reinforcement learning adds (data/trajectory.py fills them) are about each token's target: its sample's advantage,
+    its log-probability in the distribution that the sampler drew from, in the trainer's at the same weights, in a reference model's.
     """
 
     tokens_T: Tensor  # int64
@@ -33,9 +36,18 @@ class Batch:
     cu_seqlens: Tensor  # int32 (S + 1)
     targets_T: Tensor  # int64
     weights_T: Tensor  # float32
-    max_seqlen: int = field(
-        default=0, kw_only=True
-    )  # computed here, on the CPU, and carried along: reading it from an accelerator would wait for it
+    _: KW_ONLY
+    advantages_T: Tensor | None = None  # float32
+    logps_T: Tensor | None = None  # float32
+    old_logps_T: Tensor | None = None  # float32
+    ref_logps_T: Tensor | None = None  # float32
+    samples_T: Tensor | None = None  # int64: which sample of the batch the token belongs to, -1 in a prompt that several share
+    routes_TLK: Tensor | None = None  # int16: experts chosen by the sampler, to be replayed
+    picks_TLX: Tensor | None = None  # int32: and what its memory layers looked up
+    prefix_S: Tensor | None = None  # int32 (S,): the segment that a segment continues, -1: none; positions go on accordingly
+    supports: tuple[Tensor, Tensor] | None = None  # ids (N,) and offsets (T + 1,): the words each target was drawn from; none: all
+    temperature: float = 1.0  # that the targets were drawn at
+    max_seqlen: int = 0  # computed here, on the CPU, and carried along: reading it from an accelerator would wait for it
 
     def __post_init__(self) -> None:
         if not self.max_seqlen:
@@ -48,6 +60,8 @@ class Batch:
     def to(self, device: torch.device | str) -> Batch:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         moved: dict[str, Any] = {name: x.to(device, non_blocking=True) for name, x in values.items() if isinstance(x, Tensor)}
+        if self.supports is not None:
+            moved["supports"] = tuple(x.to(device, non_blocking=True) for x in self.supports)
         return replace(self, **moved)
 
 

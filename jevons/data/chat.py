@@ -178,7 +178,7 @@ class ChatTemplate:
             other = self.render([*messages[:i], marked, *messages[i + 1 :]], tools=tools)
             begin = _common_prefix(text, other)
             bounds.append((begin, max(begin, len(text) - _common_prefix(text[::-1], other[::-1]))))
-        header, turn_end, spans = self.generation_prompt, self._turn_end, []
+        header, turn_end, spans = self.generation_prompt, self.turn_end, []
         for i, (begin, end) in enumerate(bounds):
             if messages[i].role != "assistant" or begin == len(text):  # the second: a template that leaves this message out
                 continue
@@ -229,7 +229,7 @@ class ChatTemplate:
         )
 
     @cached_property
-    def _turn_end(self) -> str:
+    def turn_end(self) -> str:
         """What ends an assistant's turn, usually one special token; "" for templates without."""
         return self.render([Message("user", "Hi"), Message("assistant", "\ue000")]).rpartition("\ue000")[2].rstrip()
 

@@ -9,7 +9,7 @@ its last turn with it already ("<|im_end|>" and a line break); appending it once
 eos, so it is appended only where the rendering, trailing whitespace aside, does not end in it. An appended eos is not the assistant's, so
 its mask is 0.
 
-Not done: tools for the template in chat documents, beginning-of-text tokens before plain text, compression.
+Not done: beginning-of-text tokens before plain text, compression.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from jevons.data.chat import ChatTemplate
 from jevons.data.disk import write_json
 from jevons.data.text import BadLines, Document
 from jevons.data.tokenizer import Tokenizer
@@ -306,9 +307,10 @@ def _encode(tokenizer: Tokenizer, mask: Mask, chunk: list[Document]) -> Chunk:
             if tokenizer.template is None:
                 raise ValueError(f"{where}: messages, but the tokenizer's folder has no chat template (chat_template.jinja)")
             try:
-                text = tokenizer.template.render(document.messages)
+                text = tokenizer.template.render(document.messages, tools=document.tools)
+                _check_written(tokenizer.template, text, document)
                 if mask == "assistant":
-                    ids, weights = tokenizer.template.encode(tokenizer, document.messages)
+                    ids, weights = tokenizer.template.encode(tokenizer, document.messages, document.tools)
                 else:
                     ids, weights = tokenizer.encode(text), []
             except ValueError as error:
@@ -322,6 +324,16 @@ def _encode(tokenizer: Tokenizer, mask: Mask, chunk: list[Document]) -> Chunk:
         done.bytes += len(text.encode())
     done.tokens_T, done.mask_T = np.array(tokens, np.uint32), np.array(masks, np.uint8)
     return done
+
+
+def _check_written(template: ChatTemplate, text: str, document: Document) -> None:
+    """Templates leave out what they do not know without a word: tools, and reasoning (of earlier turns many do so on purpose)."""
+    assert document.messages is not None
+    if document.tools and text == template.render(document.messages):
+        raise ValueError("the chat template does not write tools")
+    last = document.messages[-1]
+    if last.reasoning.strip() and last.reasoning.strip() not in text:
+        raise ValueError("the chat template leaves out reasoning; use one that writes it, or have it in content as <think>...</think>")
 
 
 def _write(path: Path, arrays: list[np.ndarray]) -> None:

@@ -4,7 +4,8 @@ Corpora are larger than memory and never clean. So everything streams (but a pla
 empty or malformed are counted, shown and bounded: a few are the world's, many mean a wrong field or a broken download, and silence would
 train on the rest.
 
-Not done: guessing at field names (a record has `text`, `messages`, or the field that was asked for).
+A record has `messages` (with `tools` beside them where it has any), `conversations` (ShareGPT's, of from and value), `text`, or the field
+that was asked for. Not done: guessing at other names.
 """
 
 from __future__ import annotations
@@ -25,16 +26,21 @@ from jevons.data.chat import Message
 
 SUFFIXES = (".jsonl", ".json", ".txt", ".md", ".parquet")
 COMPRESSIONS = (".gz", ".zst")
+SHAREGPT = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "observation": "tool"}  # others as they are
 
 
 @dataclass(frozen=True)
 class Document:
-    """Either text or messages, and where it stood. `line` counts from 1: a line, an item of an array or a row."""
+    """Either text or messages, and where it stood. `line` counts from 1: a line, an item of an array or a row.
+
+    tools: what the assistant could call, in OpenAI's form.
+    """
 
     text: str | None
     messages: tuple[Message, ...] | None
     source: str
     line: int
+    tools: tuple[dict[str, Any], ...] = ()
 
 
 @dataclass
@@ -86,8 +92,8 @@ def find_files(sources: Sequence[str]) -> list[Path]:
 def read_documents(sources: Sequence[str], *, field: str | None = None, bad: BadLines) -> Iterator[Document]:
     """Documents of all sources: paths as in `find_files`, or `datasets:NAME[:split]` (split `train` if not named) after those.
 
-    field: the key or column to read (a string is text, a list is messages); without it `messages`, else `text`. Raises ValueError past
-    `bad.limit`, for a file cut short, and where an optional package is missing.
+    field: the key or column to read (a string is text, a list is messages); without it `messages`, `conversations` or `text`. Raises
+    ValueError past `bad.limit`, for a file cut short, and where an optional package is missing.
     """
     names = [source for source in sources if source.startswith("datasets:")]
     paths = [source for source in sources if not source.startswith("datasets:")]
@@ -144,7 +150,7 @@ def _document(record: Any, field: str | None, source: str, line: int, bad: BadLi
     """The record's document, or none and a bad line."""
     if not isinstance(record, dict):
         return bad.add(source, line, f"an object is needed, this is {type(record).__name__}")
-    key = field or ("messages" if record.get("messages") is not None else "text")
+    key = field or next((key for key in ("messages", "conversations") if record.get(key) is not None), "text")
     value = record.get(key)
     if value is None:
         wanted = f"field {field!r}" if field else "field 'text' or 'messages'"
@@ -159,10 +165,29 @@ def _document(record: Any, field: str | None, source: str, line: int, bad: BadLi
     messages = []
     for i, data in enumerate(value):
         try:
-            messages.append(Message.from_dict(data))
+            messages.append(_message(data))
         except ValueError as error:
             return bad.add(source, line, f"{key}[{i}]: {error}")
-    yield Document(None, tuple(messages), source, line)
+    try:
+        yield Document(None, tuple(messages), source, line, _tools(record.get("tools")))
+    except ValueError as error:
+        bad.add(source, line, f"tools: {error}")
+
+
+def _message(data: Any) -> Message:
+    """A message as chat APIs write it, or as ShareGPT does."""
+    if isinstance(data, dict) and "role" not in data and isinstance(speaker := data.get("from"), str):
+        data = {"role": SHAREGPT.get(speaker, speaker), "content": data.get("value")}
+    return Message.from_dict(data)
+
+
+def _tools(value: Any) -> tuple[dict[str, Any], ...]:
+    """A list of tools, or that list as JSON, which keeps Parquet's columns of one type. ValueError for anything else."""
+    if isinstance(value, str):
+        value = json.loads(value) if value.strip() else None
+    if value is not None and not (isinstance(value, list) and all(isinstance(tool, dict) for tool in value)):
+        raise ValueError("must be a list of objects, or such a list as JSON")
+    return tuple(value or ())
 
 
 def _open(path: Path) -> IO[bytes]:
@@ -208,9 +233,10 @@ def _rows(path: Path, field: str | None) -> Iterator[dict[str, Any]]:
     parquet = _optional("pyarrow.parquet", str(path))
     with parquet.ParquetFile(path) as table:
         names = table.schema_arrow.names
-        columns = [name for name in ([field] if field else ["messages", "text"]) if name in names]
+        columns = [name for name in ([field] if field else ["messages", "conversations", "text"]) if name in names]
         if not columns:
             raise ValueError(f"{path}: no column {field or 'text or messages'}; it has {', '.join(names)}")
+        columns += ["tools"] if "tools" in names else []
         for rows in table.iter_batches(batch_size=256, columns=columns):
             yield from rows.to_pylist()
 

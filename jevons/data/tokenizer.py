@@ -103,6 +103,15 @@ class Tokenizer:
         encoding = self.raw.encode(text, add_special_tokens=False)
         return encoding.ids, encoding.offsets
 
+    def ends(self, eos_ids: Iterable[int]) -> set[int]:
+        """The ids that a reply ends in: those that the model's configuration names, the tokenizer's own, and the one special token that
+        the chat template ends a turn with, where it is one. Base models' configurations know the last one as little as their tokenizers."""
+        found = {*eos_ids, *([] if self.eos_id is None else [self.eos_id])}
+        if self.template is not None:
+            ids = self.encode(self.template.turn_end)
+            found |= {*ids} if len(ids) == 1 and self.decode(ids, skip_special=True) == "" else set()
+        return found
+
     def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
         """Text of ids; bytes that are not UTF-8 become U+FFFD. `<think>` is not special, so it stays."""
         return self.raw.decode(list(ids), skip_special_tokens=skip_special)

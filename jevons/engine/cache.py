@@ -161,7 +161,7 @@ class _Chunk:
     @cached_property
     def bias_LC(self) -> Tensor:
         _, cached, new = self._of
-        dtype = self.pool.layers[0][0].dtype
+        dtype = self.pool.dtype
         return torch.full((new, cached + new), -math.inf, dtype=dtype, device=self.pool.device).triu(cached + 1)
 
     def gqa(self, memory: Memory, q_LNH: Tensor, k_LMH: Tensor, v_LMH: Tensor, scale: float) -> Tensor:
@@ -191,7 +191,7 @@ class _Native:
 
 def _reads(pool: Pool) -> bool:
     """Whether prompts attend natively: in bf16, and heads of even width, as all are that are rotated."""
-    return pool.native and pool.layers[0][0].dtype == torch.bfloat16
+    return pool.native and pool.dtype == torch.bfloat16
 
 
 def _joined(pieces: list[Tensor]) -> Tensor:
@@ -224,7 +224,7 @@ class Rows:
         if min(lengths) == max(lengths):
             return None
         padding = torch.arange(max(lengths)) >= torch.tensor(lengths)[:, None]
-        dtype = self.pool.layers[0][0].dtype
+        dtype = self.pool.dtype
         return torch.zeros(padding.shape, dtype=dtype).masked_fill_(padding, -math.inf).to(self.pool.device)
 
     def gqa(self, memory: Memory, q_SNH: Tensor, k_SMH: Tensor, v_SMH: Tensor, scale: float) -> Tensor:

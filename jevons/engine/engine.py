@@ -18,12 +18,14 @@ from torch import Tensor
 
 from jevons.engine.cache import Paged
 from jevons.engine.constraint import Constraint
-from jevons.engine.draft import NGram
+from jevons.engine.draft import MTP, Drafter, NGram, Step
+from jevons.engine.packed import is_packed
 from jevons.engine.pool import Pool, bytes_per_token
+from jevons.engine.runner import Runner
 from jevons.engine.sampling import alternatives, sample
 from jevons.engine.scheduler import Scheduler
 from jevons.engine.sequence import Alternatives, Grammar, Sample, SamplingParams, Sequence, StopReason
-from jevons.model.folder import locate
+from jevons.engine.weights import fill
 from jevons.model.transformer import Transformer
 
 CACHE_BYTES = 2**30  # memory is touched only where sequences reach
@@ -51,7 +53,7 @@ class Engine:
     default to the model's end-of-sequence ids; pass () to let only `max_tokens` stop. `share_prefixes` keeps what was read
     for prompts that begin alike. `draft` guesses tokens ahead, `draft_tokens` at a time, while at most `draft_rows` rows
     would be computed: "mtp" by the model's own module, "ngram" by repetition; the text is the same either way.
-    `use_native`: whether the cache is read by kernels/native.py; None: where it is available.
+    `use_native`: whether layers, attention and sampling go through the native kernels; None: where they are available.
     """
 
     def __init__(
@@ -85,9 +87,12 @@ class Engine:
         self.scheduler = Scheduler(self.pool, max_batch_tokens, max_sequences, share_prefixes=share_prefixes)
         self.stop_ids = frozenset(config.eos_token_ids if stop_ids is None else stop_ids)
         self.max_length = min(config.max_position_embeddings, self.pool.num_blocks * block_size)
-        self.draft, self.draft_tokens, self.draft_rows = draft, draft_tokens, draft_rows
+        self.runner = Runner(model, self.pool.native)
+        self.draft, self.draft_tokens = draft, draft_tokens
+        self.drafter: Drafter | None = None
+        if draft is not None:
+            self.drafter = NGram(draft_tokens, draft_rows) if draft == "ngram" else MTP(self.runner, self.pool, draft_tokens, draft_rows)
         self.drafted = self.accepted = self.prompt_tokens = self.drawn_tokens = self.steps = 0
-        self._ngram = NGram()
         self._sequences: dict[int, Sequence] = {}
         self._constraints: dict[int, Constraint] = {}
         self._ids = itertools.count()
@@ -136,14 +141,19 @@ class Engine:
             raise ValueError(f"prompt: {len(tokens)} tokens and one more exceed the model's {config.max_position_embeddings} positions")
         if len(tokens) >= self.max_length:
             raise ValueError(f"prompt: {len(tokens)} tokens and one more exceed the cache of {self.max_length}; raise num_blocks")
-        if params.record_routes and not config.n_routed_experts:
-            raise ValueError("record_routes: the model has no routed experts")
+        if params.record_routes and not config.n_routed_experts and not config.memory_layers:
+            raise ValueError("record_routes: the model has no routed experts and no memory layers")
         if any(i >= config.vocab_size for i, _ in params.logit_bias):
             raise ValueError(f"logit_bias: a token id is outside the vocabulary of {config.vocab_size}")
         stop_ids = self.stop_ids.union(params.stop_ids)
         sequence = Sequence(next(self._ids), tokens, params, stop_ids=stop_ids, max_length=self.max_length, tenant=tenant)
         if Constraint.wanted(params, grammar):
             self._constraints[sequence.id] = Constraint(tokens, params, stop_ids, grammar)
+        self.pool.open()
+        if params.record_routes and not self.pool.records:
+            self.runner.record()
+            self.scheduler.preempt_all()
+            self.pool.record()
         self._sequences[sequence.id] = sequence
         self.scheduler.add(sequence)
         return sequence.id
@@ -152,30 +162,31 @@ class Engine:
     def step(self) -> list[Event]:
         """One forward. Events of the requests that got tokens; none while prompts are being read, or without work."""
         start = time.perf_counter()
-        self._propose()
+        if self.drafter:
+            self.drafter.before(self.scheduler.running, self._may_draft)
         batch = self.scheduler.schedule()
         if not batch:
             return []
         batch.sort(key=lambda item: Paged.order(item[0].computed, item[1] + len(item[0].draft)))
         new = [count + len(s.draft) for s, count in batch]
-        sequences = [s for s, _ in batch]
-        attend = Paged(self.pool, [s.blocks for s in sequences], [s.computed for s in sequences], new)
+        sequences, firsts = [s for s, _ in batch], [s.computed for s, _ in batch]
+        attend = Paged(self.pool, [s.blocks for s in sequences], firsts, new)
         tokens = [t for s, count in batch for t in s.tokens[s.computed : s.computed + count] + s.draft]
-        hidden_TD, routing = self.model(torch.tensor(tokens, device=self.pool.device), attend.positions_T, attend)
+        hidden_TD, routing = self.runner(torch.tensor(tokens, device=self.pool.device), attend)
         ends = list(itertools.accumulate(new))
-        if any(s.params.record_routes for s in sequences):
-            routes_TLK = torch.stack([r.experts_TK for r in routing], dim=1).to("cpu", torch.int16)
-            for (sequence, count), end in zip(batch, ends):
-                if sequence.params.record_routes:  # these bring no draft
-                    sequence.record(routes_TLK[end - count : end])
+        if self.pool.routes is not None:
+            routes_TLK = torch.stack([r.experts_TK for r in routing], dim=1)
+            self.pool.routes.index_copy_(0, attend.slots_T, routes_TLK.to(self.pool.routes.dtype))
+        if self.pool.picks is not None:
+            self.pool.picks.index_copy_(0, attend.slots_T, self.runner.picks().int())
         for (sequence, count), end in zip(batch, ends):
             if sequence.params.prompt_logprobs is not None:
                 self._score_prompt(sequence, hidden_TD[end - count : end])
             if sequence.params.embed:
                 sequence.pool(hidden_TD[end - count : end])
         events = self._draw(batch, ends, hidden_TD, start)
-        if self.draft == "mtp":
-            self._guess(batch, ends, tokens, hidden_TD, attend)
+        if self.drafter:
+            self.drafter.after(Step(sequences, firsts, ends, tokens, hidden_TD, attend), self._may_draft)
         self.steps += 1
         self.prompt_tokens += len(tokens) - len(events)
         self.drawn_tokens += len(events)
@@ -193,14 +204,14 @@ class Engine:
         rows = [(s, row + j, j) for s, row in ready for j in range(1 + len(s.draft))]
         if len(rows) < len(hidden_TD):  # only rows that are sampled meet the vocabulary
             hidden_TD = hidden_TD[torch.tensor([row for _, row, _ in rows], device=self.pool.device)]
-        logits_SW = self.model.logits(hidden_TD).float()
+        logits_SW = self.runner.logits(hidden_TD)
         allowed_SW = None
         for i, (sequence, _, _) in enumerate(rows):
             if constraint := self._constraints.get(sequence.id):
                 allowed_SW = logits_SW.clone() if allowed_SW is None else allowed_SW
                 constraint.apply(allowed_SW[i])
         uniforms = [0.0 if s.params.greedy else s.uniform(j) for s, _, j in rows]
-        drawn = sample(logits_SW, [s.params for s, _, _ in rows], uniforms, allowed_SW)
+        drawn = sample(logits_SW, [s.params for s, _, _ in rows], uniforms, allowed_SW, use_native=self.pool.native)
         self._charge(batch, ends[-1], start)
         events, at = [], 0
         for sequence, _ in ready:
@@ -208,13 +219,14 @@ class Engine:
             constraint = self._constraints.get(sequence.id)
             before = len(sequence.tokens) - sequence.computed
             for j in range(1 + len(draft)):
-                token, logp, raw_logp, best = (drawn.tokens[at + j], drawn.logps[at + j], drawn.raw_logps[at + j], drawn.logprobs[at + j])
+                i = at + j
+                token, logp, raw_logp, support = drawn.tokens[i], drawn.logps[i], drawn.raw_logps[i], drawn.supports[i]
                 if constraint and (instead := constraint.replace(token)) != token:
-                    raw_logp += (logits_SW[at + j, instead] - logits_SW[at + j, token]).item()
-                    token, logp = instead, 0.0
+                    raw_logp += (logits_SW[i, instead] - logits_SW[i, token]).item()
+                    token, logp, support = instead, 0.0, torch.tensor([instead], dtype=torch.int32)
                 if constraint:
                     constraint.accept(token)
-                reason = sequence.append(token, logp, raw_logp, best, self.version)
+                reason = sequence.append(token, logp, raw_logp, drawn.logprobs[i], support, self.version)
                 if reason is not None or j == len(draft) or token != draft[j]:
                     break
             self.drafted += len(draft)
@@ -235,60 +247,8 @@ class Engine:
         for sequence, count in batch:
             sequence.seconds += share * (count + len(sequence.draft))
 
-    def _propose(self) -> None:
-        """Let n-grams guess ahead while few rows would be computed."""
-        if self.draft != "ngram" or len(self.scheduler.running) * 2 > self.draft_rows:
-            return
-        for sequence in self.scheduler.running:
-            if sequence.pending == 1 and self._drafts(sequence):
-                each = self.draft_rows // len(self.scheduler.running) - 1
-                sequence.draft = self._ngram.propose(sequence, min(each, self.draft_tokens, sequence.max_length - len(sequence.tokens) - 1))
-
-    def _drafts(self, sequence: Sequence) -> bool:
-        return sequence.id not in self._constraints and not sequence.params.record_routes
-
-    def _guess(self, batch: list[tuple[Sequence, int]], ends: list[int], tokens: list[int], hidden_TD: Tensor, attend: Paged) -> None:
-        """Run the MTP module over the step's rows, so that its cache keeps up, and take its guesses as drafts.
-
-        Row by row it reads the hidden state and the token that came after. Rows of refused drafts leave keys that the next
-        step writes over. Further guesses feed the module its own output, as it was not trained to: each is likelier wrong.
-        """
-        following = torch.tensor([*tokens[1:], 0])
-        wanted: list[tuple[Sequence, int]] = []
-        running = [s for s, _ in batch if s.state == "running"]
-        few = 2 * len(running) <= self.draft_rows
-        for (sequence, _), start, end in zip(batch, [0, *ends], ends):
-            if sequence.state != "running":
-                continue
-            first = int(attend.positions_T[start])
-            known = sequence.tokens[first + 1 : first + 1 + end - start]
-            following[start : start + len(known)] = torch.tensor(known)
-            if sequence.pending == 1 and few and self._drafts(sequence) and len(sequence.tokens) + 1 < sequence.max_length:
-                wanted.append((sequence, start + len(known) - 1))
-        following = following.to(self.pool.device)
-        guess_TD = self.model.mtp(hidden_TD, following, attend.positions_T, attend).hidden_TD
-        guess_SD = guess_TD[torch.tensor([row for _, row in wanted], device=self.pool.device, dtype=torch.int64)]
-        for depth in range(self.draft_tokens):
-            wanted = [(s, i) for i, (s, _) in enumerate(wanted)]
-            if not wanted:
-                return
-            next_S = self.model.logits(guess_SD).argmax(-1)
-            for (sequence, _), token in zip(wanted, next_S.tolist()):
-                sequence.draft.append(token)
-            if depth + 1 == self.draft_tokens:
-                return
-            keep = [
-                i
-                for i, (s, _) in enumerate(wanted)
-                if len(s.tokens) + len(s.draft) + 1 < s.max_length and self.pool.blocks_for(s.computed + len(s.draft)) <= len(s.blocks)
-            ]
-            wanted = [wanted[i] for i in keep]
-            if not wanted or (2 + depth) * len(running) > self.draft_rows:
-                return
-            where = torch.tensor(keep, device=self.pool.device)
-            cached = [s.computed + len(s.draft) - 1 for s, _ in wanted]
-            ahead = Paged(self.pool, [s.blocks for s, _ in wanted], cached, [1] * len(wanted))
-            guess_SD = self.model.mtp(guess_SD[where], next_S[where], ahead.positions_T, ahead).hidden_TD
+    def _may_draft(self, sequence: Sequence) -> bool:
+        return sequence.id not in self._constraints
 
     def _score_prompt(self, sequence: Sequence, hidden_LD: Tensor) -> None:
         """Log-probabilities of the prompt's tokens that follow the rows just computed."""
@@ -297,10 +257,9 @@ class Engine:
         first = sequence.computed + 1
         for start in range(max(0, len(done) + 1 - first), min(len(hidden_LD), sequence.prompt_length - first), SCORED):
             targets = sequence.tokens[first + start : min(first + start + SCORED, first + len(hidden_LD), sequence.prompt_length)]
-            logits_LW = self.model.logits(hidden_LD[start : start + len(targets)]).float()
-            normaliser_L = logits_LW.logsumexp(-1)
-            chosen_L = logits_LW.gather(1, torch.tensor(targets, device=logits_LW.device)[:, None])[:, 0] - normaliser_L
-            done += zip(chosen_L.tolist(), alternatives(logits_LW, normaliser_L, [wanted] * len(targets)))
+            logits_LW = self.runner.logits(hidden_LD[start : start + len(targets)])
+            chosen_L = logits_LW.gather(1, torch.tensor(targets, device=logits_LW.device)[:, None])[:, 0] - logits_LW.logsumexp(-1)
+            done += zip(chosen_L.tolist(), alternatives(logits_LW, [wanted] * len(targets)))
 
     def abort(self, id: int) -> Sample:
         """Drop a request at any moment; what it has so far. ValueError for an id that is unknown or already finished."""
@@ -311,7 +270,8 @@ class Engine:
     def _finish(self, sequence: Sequence, reason: StopReason) -> Sample:
         del self._sequences[sequence.id]
         self._constraints.pop(sequence.id, None)
-        self._ngram.forget(sequence.id)
+        if self.drafter:
+            self.drafter.forget(sequence.id)
         self.scheduler.remove(sequence)
         return sequence.sample(reason, self.version)
 
@@ -361,29 +321,31 @@ class Engine:
         for id in list(self._sequences):
             self.abort(id)
 
-    @torch.no_grad()
-    def load_weights(self, items: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """New weights in place, under parameter or checkpoint names; the tied head and copies inside MTP modules may be left out.
+    def new_weights(self, version: int) -> None:
+        """The model's weights were changed where they are, by a trainer say: forget everything that the old ones computed.
 
-        Requests under way keep their text and go on under the new weights: their caches are dropped and read again, since
-        keys of old weights under queries of new ones belong to no model. Raises ValueError for an unknown name, a wrong shape or
-        a missing tensor; the model is then a mixture, to be loaded again before use.
+        Nothing is copied. Requests under way keep their text and go on under the new weights: their caches are dropped and
+        read again, since keys of old weights under queries of new ones belong to no model. Raises ValueError where the weights
+        are packed: the engine has its own copy of them.
         """
-        self.scheduler.new_weights(self.version)
-        slots = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
-        filled = dict.fromkeys(slots, 0)
-        for name, tensor in items:
-            target = locate(name, self.model.config)
-            if target is None:
-                continue
-            slot, index = target
-            if slot not in slots or (index and index[0] >= len(slots[slot])):
-                raise ValueError(f"load_weights: {name} is no tensor of this model")
-            destination = slots[slot][index] if index else slots[slot]
-            if destination.shape != tensor.shape:
-                raise ValueError(f"load_weights: {name} is {tuple(tensor.shape)}, the model's is {tuple(destination.shape)}")
-            destination.copy_(tensor)
-            filled[slot] += tensor.numel()
-        if missing := [name for name, count in filled.items() if count != slots[name].numel()]:
-            raise ValueError(f"load_weights: missing or incomplete: {', '.join(missing)}")
+        if is_packed(self.model):
+            raise ValueError("new_weights, load_weights: the weights are packed, a copy that cannot be changed; load them without packing")
+        self.scheduler.new_weights(version)
+        self.runner.new_weights()
+
+    def load_weights(self, items: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """`new_weights` that are copied in, under parameter or checkpoint names (engine/weights.py).
+
+        Raises ValueError for an unknown name, a wrong shape or a missing tensor; the model is then a mixture, to be loaded
+        again before use.
+        """
+        self.new_weights(self.version)
+        fill(self.model, items)
         self.scheduler.version = version
+
+    def release(self) -> None:
+        """Give the cache's memory back until the next request. ValueError while requests are under way."""
+        if self.has_work:
+            raise ValueError("release: requests are under way; finish or abort them first")
+        self.pool.close()
+        self.runner.release()

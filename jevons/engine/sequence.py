@@ -68,8 +68,8 @@ class SamplingParams:
     `presence_penalty` and `frequency_penalty` are subtracted once, and once an occurrence, for tokens of the answer
     (OpenAI). The same `seed` gives the same text whatever else is in the batch; None draws a fresh one. `logprobs` asks for
     that many best alternatives of each token, `prompt_logprobs` for each prompt token's log-probability and that many best
-    alternatives, `record_routes` for the experts chosen, `embed` for the mean of the prompt's hidden states. Requests of
-    higher `priority` are served first.
+    alternatives, `record_routes` for the experts chosen and the rows that memory layers looked up, `record_support` for the words that
+    each token was drawn from, `embed` for the mean of the prompt's hidden states. Requests of higher `priority` are served first.
     """
 
     max_tokens: int = 256
@@ -83,6 +83,7 @@ class SamplingParams:
     logprobs: int = 0
     prompt_logprobs: int | None = None
     record_routes: bool = False
+    record_support: bool = False
     embed: bool = False
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
@@ -134,6 +135,8 @@ class Sample:
     raw_logps   log-probability of each in the model's own distribution: temperature 1, whole vocabulary
     version     of the weights that drew the first token; later ones may come from newer weights (`Engine.load_weights`)
     routes      (prompt + tokens - 1, L, K) int16, experts chosen in the L routed layers in order; the last token was never fed
+    picks       (prompt + tokens - 1, L, X) int32, what the L memory layers looked up (model/ultramem.py), likewise
+    supports    of each token the ids (int32, ascending) of the words that it was drawn from, None for the whole vocabulary
     cached      prompt tokens that were found in the prefix cache when the request was first admitted
     seconds     device-seconds: each step's time, shared by the tokens that it computed
     prompt_logprobs   of prompt token i + 1: its log-probability in the model's own distribution, and the best alternatives
@@ -147,6 +150,8 @@ class Sample:
     version: int
     logprobs: list[Alternatives] | None = None
     routes: Tensor | None = None
+    picks: Tensor | None = None
+    supports: list[Tensor | None] | None = None
     cached: int = 0
     seconds: float = 0.0
     prompt_logprobs: list[tuple[float, Alternatives]] | None = None
@@ -178,8 +183,10 @@ class Sequence:
         self.prompt_logprobs: list[tuple[float, Alternatives]] = []
         self.hidden_D: Tensor | None = None  # the sum over prompt tokens so far, `pooled` of them
         self.pooled = 0
-        self.routes: list[Tensor] = []  # pieces of (tokens, L, K), one a step
+        self.routes: list[Tensor] = []  # pieces of (tokens, L, K), one for each time that its cache was given up
+        self.picks: list[Tensor] = []  # likewise, (tokens, L, X)
         self.routed = 0  # tokens in those pieces
+        self.supports: list[Tensor | None] = []
         self.generator = torch.Generator()
         self._uniforms: deque[float] = deque()  # drawn ahead for drafts, used up one a token
         if params.seed is None:
@@ -195,7 +202,7 @@ class Sequence:
     @property
     def shares_prefix(self) -> bool:
         """Whether cached blocks may stand for its prompt: not where something is wanted of every prompt token."""
-        return not self.params.record_routes and not self.params.embed and self.params.prompt_logprobs is None
+        return not self.params.embed and self.params.prompt_logprobs is None
 
     def uniform(self, ahead: int) -> float:
         """The number that decides the token `ahead` places from the next one; `append` uses one up."""
@@ -203,7 +210,9 @@ class Sequence:
             self._uniforms.append(torch.rand((), dtype=torch.float64, generator=self.generator).item())
         return self._uniforms[ahead]
 
-    def append(self, token: int, logp: float, raw_logp: float, alternatives: Alternatives, version: int) -> StopReason | None:
+    def append(
+        self, token: int, logp: float, raw_logp: float, alternatives: Alternatives, support: Tensor | None, version: int
+    ) -> StopReason | None:
         """Take a drawn token; the reason to stop here, if any."""
         self.tokens.append(token)
         self.logps.append(logp)
@@ -212,18 +221,20 @@ class Sequence:
             self._uniforms.popleft()
         if self.params.logprobs:
             self.logprobs.append(alternatives)
+        if self.params.record_support:
+            self.supports.append(support)
         if self.version is None:
             self.version = version
         if token in self.stop_ids:
             return "stop"
         return "length" if len(self.tokens) >= self.max_length else None
 
-    def record(self, routes_TLK: Tensor) -> None:
-        """Keep the experts of the tokens just computed. What was recorded before a preemption stays: it made the logps."""
-        seen = self.routed - self.computed
-        if seen < len(routes_TLK):
-            self.routes.append(routes_TLK[seen:].clone())  # not a view: it would keep the whole batch's alive
-            self.routed = self.computed + len(routes_TLK)
+    def record(self, routes_TLK: Tensor | None, picks_TLX: Tensor | None) -> None:
+        """Keep the choices for the tokens that follow those recorded. What was before a preemption stays: it made the logps."""
+        for kept, piece in ((self.routes, routes_TLK), (self.picks, picks_TLX)):
+            if piece is not None:
+                kept.append(piece)
+        self.routed = self.computed
 
     def pool(self, hidden_LD: Tensor) -> None:
         """Add the hidden states of the tokens just computed, those of the prompt that were not counted before."""
@@ -234,7 +245,9 @@ class Sequence:
     def sample(self, reason: StopReason, version: int) -> Sample:
         """The answer as it stands. `version` counts where nothing was drawn yet."""
         with torch.inference_mode(False):  # the trainer's autograd refuses tensors made in inference mode
-            routes = torch.cat(self.routes) if self.routes else None
+            routes = torch.cat(self.routes).to(torch.int16) if self.routes else None
+            picks = torch.cat(self.picks).clone() if self.picks else None
+            supports = _copies(self.supports) if self.params.record_support else None
             embedding = None if self.hidden_D is None else (self.hidden_D / self.pooled).cpu()
         return Sample(
             tokens=self.tokens[self.prompt_length :],
@@ -244,8 +257,19 @@ class Sequence:
             version=version if self.version is None else self.version,
             logprobs=self.logprobs if self.params.logprobs else None,
             routes=routes,
+            picks=picks,
+            supports=supports,
             cached=self.cached or 0,
             seconds=self.seconds,
             embedding=embedding,
             prompt_logprobs=self.prompt_logprobs if self.params.prompt_logprobs is not None else None,
         )
+
+
+def _copies(pieces: list[Tensor | None]) -> list[Tensor | None]:
+    """The same as views of one tensor."""
+    filled = [piece for piece in pieces if piece is not None]
+    if not filled:
+        return list(pieces)
+    views = iter(torch.cat(filled).split([len(piece) for piece in filled]))
+    return [None if piece is None else next(views) for piece in pieces]

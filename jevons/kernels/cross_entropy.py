@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 CHUNK_ELEMENTS = 2**22  # logits in flight: 16 MB in fp32; smaller chunks add up the head's gradient too often
+CHUNK_ROWS = 256  # at least: of a large vocabulary every chunk reads the whole head and adds to its whole gradient
 
 
 def cross_entropy_ref(hidden_TD: Tensor, head_WD: Tensor, targets_T: Tensor, weights_T: Tensor) -> tuple[Tensor, Tensor]:
@@ -36,7 +37,7 @@ class _CrossEntropy(torch.autograd.Function):
         nll_T = torch.empty(len(targets_T), dtype=torch.float32, device=hidden_TD.device)
         grad_hidden_TD = torch.empty_like(hidden_TD) if needs_hidden else None
         grad_head_WD = torch.zeros_like(head_WD, dtype=torch.float32) if needs_head else None
-        chunk = max(1, CHUNK_ELEMENTS // head_WD.shape[0])
+        chunk = max(CHUNK_ROWS, CHUNK_ELEMENTS // head_WD.shape[0])
         for start in range(0, len(targets_T), chunk):
             rows = slice(start, start + chunk)
             logits_CW = (hidden_TD[rows] @ head_WD.t()).float()

@@ -4,13 +4,13 @@ Problem: one decoding step reads every weight once; torch's products reach half 
 cores idle between dozens of small operators. Approach: C++ (native/*.cpp, compiled at first use by kernels/compiler.py) that makes a
 decoder layer about five calls, with threads of its own and fp32 accumulation. A row's result does not depend on the rows beside it.
 Activations are bf16, or fp32 with weights in fp32. Here are thin wrappers that check shapes and pass pointers. Where
-`available` says no, `reason` says why. Not done: a backward pass.
+`available` says no, `reason` says why. Not done: a backward pass of products.
 """
 
 from __future__ import annotations
 
 import ctypes
-from ctypes import c_int32, c_void_p
+from ctypes import c_double, c_int32, c_void_p
 from typing import Any, NamedTuple
 
 import torch
@@ -52,12 +52,15 @@ def reason() -> str:
     return load().reason
 
 
-def _matrix(weight: PackedWeight) -> Any:
-    """The C struct of a packed weight, made once; it points into the tensors, which the weight keeps alive."""
+def matrix(weight: PackedWeight) -> Any:
+    """The C struct of a packed weight, made once; it points into the tensors, which the weight keeps alive.
+
+    In place the formats are 4 (fp32) and 5 (bf16).
+    """
     if weight.handle is None:
         assert weight.data.is_contiguous() and (weight.bias is None or weight.bias.is_contiguous())
         bias = None if weight.bias is None else weight.bias.data_ptr()
-        fields = (FORMATS[weight.format], weight.N, weight.K, max(weight.stack, 1), weight.swiglu, 0)
+        fields = (FORMATS[weight.format] + 4 * bool(weight.sources), weight.N, weight.K, max(weight.stack, 1), weight.swiglu, 0)
         weight.handle = ctypes.pointer(_Matrix(weight.data.data_ptr(), bias, *fields))
     return weight.handle
 
@@ -101,7 +104,7 @@ def linear(
     assert weight.stack == 0
     y = _out(x_TD, (len(x_TD), weight.N), out, residual, dtype)
     load().functions.jevons_linear(
-        _matrix(weight), *_rows(x_TD, weight.K), *_norm(norm, weight.K), y.data_ptr(), DTYPE[y.dtype], weight.N,
+        matrix(weight), *_rows(x_TD, weight.K), *_norm(norm, weight.K), y.data_ptr(), DTYPE[y.dtype], weight.N,
         _pointer(residual), weight.N, threads or torch.get_num_threads(),
     )  # fmt: skip
     return y
@@ -121,7 +124,7 @@ def mlp(
     assert gate_up.swiglu and gate_up.N == down.K and not gate_up.stack and not down.stack
     y = _out(x_TD, (len(x_TD), down.N), out, residual)
     load().functions.jevons_mlp(
-        _matrix(gate_up), _matrix(down), *_rows(x_TD, gate_up.K), *_norm(norm, gate_up.K), y.data_ptr(), _pointer(residual),
+        matrix(gate_up), matrix(down), *_rows(x_TD, gate_up.K), *_norm(norm, gate_up.K), y.data_ptr(), _pointer(residual),
         threads or torch.get_num_threads(),
     )  # fmt: skip
     return y
@@ -144,7 +147,7 @@ def moe(
     assert len(experts_TK) == len(x_TD) and experts_TK.is_contiguous() and weights_TK.is_contiguous()
     y = _out(x_TD, (len(x_TD), down.N), out, residual)
     load().functions.jevons_moe(
-        _matrix(gate_up), _matrix(down), *_rows(x_TD, gate_up.K), experts_TK.data_ptr(), weights_TK.data_ptr(), experts_TK.shape[1],
+        matrix(gate_up), matrix(down), *_rows(x_TD, gate_up.K), experts_TK.data_ptr(), weights_TK.data_ptr(), experts_TK.shape[1],
         y.data_ptr(), _pointer(residual), threads or torch.get_num_threads(),
     )  # fmt: skip
     return y
@@ -203,7 +206,7 @@ def gqa_project(
     qkv = torch.empty(T, heads + 2 * kv_heads, width, dtype=x_TD.dtype)
     q_weight, eps = _norm(q_norm, width)
     load().functions.jevons_gqa_project(
-        _matrix(w_qkv), *_rows(x_TD, w_qkv.K), *_norm(norm, w_qkv.K), qkv.data_ptr(), heads, kv_heads, q_weight,
+        matrix(w_qkv), *_rows(x_TD, w_qkv.K), *_norm(norm, w_qkv.K), qkv.data_ptr(), heads, kv_heads, q_weight,
         _norm(k_norm, width)[0], eps, *_turns(cos, sin, T, width), _memory(keys, kv_heads * width, x_TD.dtype),
         _memory(values, kv_heads * width, x_TD.dtype),
         _slots(slots, T), threads or torch.get_num_threads(),
@@ -241,7 +244,7 @@ def mla_project(
     q = torch.empty(T, heads, nope + rope, dtype=x_TD.dtype)
     row = torch.empty(T, latent + rope, dtype=x_TD.dtype)
     load().functions.jevons_mla_project(
-        _matrix(w_a), None if w_q_b is None else _matrix(w_q_b), *_rows(x_TD, w_a.K), *_norm(norm, w_a.K), _norm(q_norm, first)[0],
+        matrix(w_a), None if w_q_b is None else matrix(w_q_b), *_rows(x_TD, w_a.K), *_norm(norm, w_a.K), _norm(q_norm, first)[0],
         *_norm(kv_norm, latent), q.data_ptr(), row.data_ptr(), heads, nope, rope, latent, interleave, *_turns(cos, sin, T, rope),
         _memory(memory, latent + rope, x_TD.dtype), _slots(slots, T), threads or torch.get_num_threads(),
     )  # fmt: skip
@@ -290,7 +293,7 @@ def paged_mla(
     out = torch.empty(S, N, w_value.N, dtype=q_SNX.dtype)
     load().functions.jevons_paged_mla(
         q_SNX.data_ptr(), q_SNX.stride(0), _memory(memory, latent + width - nope, q_SNX.dtype), DTYPE[q_SNX.dtype], S, N,
-        nope, width - nope, *_context(q_SNX, tables, lengths, block_size), _matrix(w_key), _matrix(w_value), scale, out.data_ptr(),
+        nope, width - nope, *_context(q_SNX, tables, lengths, block_size), matrix(w_key), matrix(w_value), scale, out.data_ptr(),
         threads or torch.get_num_threads(),
     )  # fmt: skip
     return out
@@ -326,3 +329,39 @@ def causal(
         V, _pointer(table), block_size, scale, out.data_ptr(), threads or torch.get_num_threads(),
     )  # fmt: skip
     return out
+
+
+def squares(x: Tensor, *, threads: int = 0) -> float:
+    """The sum of squares of all elements."""
+    x, total = x.contiguous(), c_double()
+    load().functions.jevons_squares(x.data_ptr(), DTYPE[x.dtype], x.numel(), ctypes.addressof(total), threads or torch.get_num_threads())
+    return total.value
+
+
+def adamw(
+    master: Tensor,
+    gradient: Tensor,
+    moments: tuple[Tensor, Tensor],
+    rounded: Tensor | None,
+    scale: float,
+    keep: float,
+    rate: float,
+    betas: tuple[float, float],
+    root: float,
+    eps: float,
+    *,
+    threads: int = 0,
+) -> None:
+    """A step of kernels/adamw.py in one pass over memory; `rounded` gets the new weights in bf16.
+
+    keep is what weight decay leaves, rate the learning rate over the first moment's correction, root that of the second's.
+    """
+    gradient = gradient.contiguous()
+    for x in (master, *moments):
+        assert x.dtype == torch.float32 and x.shape == master.shape and x.is_contiguous()
+    assert gradient.shape == master.shape
+    assert rounded is None or (rounded.dtype == torch.bfloat16 and rounded.shape == master.shape and rounded.is_contiguous())
+    load().functions.jevons_adamw(
+        master.data_ptr(), gradient.data_ptr(), DTYPE[gradient.dtype], *(x.data_ptr() for x in moments), _pointer(rounded),
+        master.numel(), scale, keep, rate, *betas, root, eps, threads or torch.get_num_threads(),
+    )  # fmt: skip

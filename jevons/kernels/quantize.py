@@ -5,12 +5,15 @@ product reads them. Approach: tiles of 32 output rows, inside a tile K-major, 16
 (native/product.cpp draws the layout). int8: symmetric in groups of 128 along K, 8.1 bits a weight. int4: a scale and a
 least value for each group of 32, 5 bits a weight; asymmetric because it halves the error on real weights, and with the
 range of each group shrunk where that lowers its squared error. native/encode.cpp packs (half a billion weights in seconds),
-`unpack` in plain torch says what a packed weight means. Not done: calibration with activations (GPTQ, AWQ), which needs text.
+`unpack` in plain torch says what a packed weight means. The format "here" packs nothing: products read fp32 or bf16 weights
+where they lie, a fifth slower than packed ones on huge pages, and see what a trainer changed there. Not done: calibration
+with activations (GPTQ, AWQ), which needs text.
 """
 
 from __future__ import annotations
 
 import mmap
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,27 +28,36 @@ GROUP = {"fp32": 1, "bf16": 2, "int8": 128, "int4": 32}  # K is padded to a mult
 TILE = 32
 GROUP_BYTES = {"fp32": 128, "bf16": 128, "int8": 64 + 4096, "int4": 128 + 512}  # of 32 rows
 HUGE = 2**21
+HERE = "here"
 
 
 @dataclass
 class PackedWeight:
     """One weight (N, K), or a stack of them where `stack` > 0 (experts, heads). With `swiglu`, gate and up of N rows each."""
 
-    data: Tensor  # (stack or 1, tiles, bytes of a tile), uint8
+    data: Tensor  # (stack or 1, tiles, bytes of a tile), uint8; of weights where they lie the rows' addresses
     bias: Tensor | None  # (stack or 1, tiles, 32) fp32
     format: str
     N: int
     K: int
     stack: int
     swiglu: bool
+    sources: list[Tensor] = field(default_factory=list, repr=False, compare=False)  # weights that stay where they lie
+    read_bias: Callable[[], Tensor] | None = field(default=None, repr=False, compare=False)
     handle: Any = field(default=None, repr=False, compare=False)  # what kernels/native.py passes on
 
     @property
     def nbytes(self) -> int:
         return self.data.nbytes + (0 if self.bias is None else self.bias.nbytes)
 
+    def refresh(self) -> None:
+        """Where weights stay in place: read the bias again, of which this is a copy."""
+        if self.bias is not None and self.read_bias is not None:
+            self.bias.copy_(self.read_bias().view_as(self.bias))
+
     def unpack(self) -> Tensor:
         """The weight that products with this mean, fp32: (stack,) (N, K), with `swiglu` (2N, K) and the gate first."""
+        assert not self.sources, "not packed"
         weight = _decode(self.data.flatten(0, 1), self.format)[..., : self.K]
         weight = weight.view(max(self.stack, 1), -1, self.K)
         if self.swiglu:
@@ -56,13 +68,21 @@ class PackedWeight:
         return weight if self.stack else weight[0]
 
 
-def pack(weight: Tensor, format: str, bias: Tensor | None = None) -> PackedWeight:
-    """(N, K), or a stack (E, N, K), and its bias (E,) (N,) -> `format`. ValueError where a quantised weight is not finite."""
-    stack = weight.shape[0] if weight.dim() == 3 else 0
-    rows = _addresses(weight, TILE)
-    if bias is not None:
-        bias = F.pad(bias.detach().float().view(max(stack, 1), -1), (0, -weight.shape[-2] % TILE))
-    return _encode([weight], rows, bias, format, weight.shape[-2], stack, False)
+def pack(weight: Tensor | Sequence[Tensor], format: str, bias: Tensor | Sequence[Tensor] | None = None) -> PackedWeight:
+    """(N, K), or several one below the other, or a stack (E, N, K), and its bias (E,) (N,), or several -> `format`.
+
+    ValueError where a quantised weight is not finite.
+    """
+    weights = [weight] if isinstance(weight, Tensor) else list(weight)
+    biases = [bias] if isinstance(bias, Tensor) else list(bias or ())
+    stack = weights[0].shape[0] if weights[0].dim() == 3 else 0
+    rows = torch.cat([_addresses(w, 1) for w in weights], dim=1)
+    N, padding = rows.shape[1], (0, -rows.shape[1] % TILE)
+
+    def read() -> Tensor:
+        return F.pad(torch.cat([b.detach().float().view(max(stack, 1), -1) for b in biases], dim=1), padding)
+
+    return _encode(weights, F.pad(rows, padding), read if biases else None, format, N, stack, False)
 
 
 def pack_swiglu(gate: Tensor, up: Tensor, format: str, gate_bias: Tensor | None = None, up_bias: Tensor | None = None) -> PackedWeight:
@@ -73,10 +93,12 @@ def pack_swiglu(gate: Tensor, up: Tensor, format: str, gate_bias: Tensor | None 
     def interleave(a: Tensor, b: Tensor) -> Tensor:
         return torch.stack([x.unflatten(1, (-1, 16)) for x in (a, b)], dim=2).flatten(1)
 
-    bias = None
-    if gate_bias is not None and up_bias is not None:
-        bias = interleave(*(F.pad(x.detach().float().view(max(stack, 1), N), (0, -N % 16)) for x in (gate_bias, up_bias)))
-    return _encode([gate, up], interleave(_addresses(gate, 16), _addresses(up, 16)), bias, format, N, stack, True)
+    def read() -> Tensor:
+        both = (F.pad(x.detach().float().view(max(stack, 1), N), (0, -N % 16)) for x in (gate_bias, up_bias) if x is not None)
+        return interleave(*both)
+
+    rows = interleave(_addresses(gate, 16), _addresses(up, 16))
+    return _encode([gate, up], rows, None if gate_bias is None else read, format, N, stack, True)
 
 
 def pack_kv_b(w_kvb: Tensor, heads: int, nope: int, format: str) -> tuple[PackedWeight, PackedWeight]:
@@ -100,7 +122,15 @@ def _addresses(weight: Tensor, multiple: int) -> Tensor:
     return F.pad(address, (0, -weight.shape[-2] % multiple))
 
 
-def _encode(sources: list[Tensor], rows: Tensor, bias: Tensor | None, format: str, N: int, stack: int, swiglu: bool) -> PackedWeight:
+def _encode(
+    sources: list[Tensor], rows: Tensor, read_bias: Callable[[], Tensor] | None, format: str, N: int, stack: int, swiglu: bool
+) -> PackedWeight:
+    bias = None if read_bias is None else read_bias().view(max(stack, 1), -1, TILE).contiguous()
+    if format == HERE:
+        rows = torch.where(rows == 0, sources[0].data_ptr(), rows).flatten()  # what is read as padding is thrown away
+        data = torch.cat((rows, rows[-1:].expand(TILE))).contiguous()
+        format = "fp32" if sources[0].dtype == torch.float32 else "bf16"
+        return PackedWeight(data, bias, format, N, sources[0].shape[-1], stack, swiglu, sources, read_bias)
     check(format)
     library, reason = load()
     assert library is not None, reason
@@ -110,8 +140,6 @@ def _encode(sources: list[Tensor], rows: Tensor, bias: Tensor | None, format: st
     rows = rows.contiguous()
     if not library.jevons_encode(FORMATS[format], dtype, rows.data_ptr(), tiles, K, data.data_ptr(), torch.get_num_threads()):
         raise ValueError("cannot quantise a weight that holds inf or NaN")
-    if bias is not None:
-        bias = bias.view(max(stack, 1), -1, TILE).contiguous()
     return PackedWeight(data.view(max(stack, 1), tiles // max(stack, 1), -1), bias, format, N, K, stack, swiglu)
 
 

@@ -12,12 +12,14 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from jevons.model.memory import MemoryConfig
+
 MODEL_TYPES = ("deepseek_v3", "deepseek_v2", "qwen2", "qwen3", "qwen3_moe", "llama")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """A decoder-only transformer: GQA or MLA attention, dense or mixture-of-experts feed-forward, optional MTP modules.
+class ModelConfig(MemoryConfig):
+    """A decoder-only transformer: GQA or MLA attention, dense or mixture-of-experts feed-forward, optional memory layers and MTP modules.
 
     Attention is MLA where `kv_lora_rank` is set and GQA otherwise. A layer's feed-forward is a mixture of experts where
     `is_moe(layer)` holds. Raises ValueError, naming the field, for a combination that no model can have.
@@ -93,6 +95,7 @@ class ModelConfig:
             raise ValueError(f"{'qk_rope_head_dim' if self.is_mla else 'head_dim'}: rotary width must be even, is {self.rope_dim}")
         if self.n_routed_experts:
             self._check_experts()
+        self._check_memory(self.num_hidden_layers)
 
     def _check_experts(self) -> None:
         experts, chosen = self.n_routed_experts, self.num_experts_per_tok

@@ -8,13 +8,17 @@ compute (sliding windows, another activation, another rope type) is an error her
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from jevons.model.config import MODEL_TYPES, ModelConfig
 
 # model_type of a config.json -> the family that computes it
 ALIASES = {"kimi_k2": "deepseek_v3"}
+# model_type of any family with memory layers, so that programs that do not compute these refuse it; the family is its base_model_type
+MEMORY = "jevons_memory"
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ _COMMON = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"),
     *("rms_norm_eps", "tie_word_embeddings", "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id"),
 )
+_MEMORY = tuple(name for name in ModelConfig.field_names() if name.startswith("memory_"))
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 FAMILIES: dict[str, Family] = {
@@ -94,22 +99,22 @@ def _rope(fields: dict[str, Any], where: str) -> dict[str, Any]:
 
 def from_hf(fields: dict[str, Any], where: str = "config.json") -> ModelConfig:
     """A Hugging Face config.json as ModelConfig. ValueError, naming `where` and the field, for what is unknown or unsupported."""
-    kind = ALIASES.get(fields.get("model_type", ""), fields.get("model_type"))
+    key, memory = ("base_model_type", _MEMORY) if fields.get("model_type") == MEMORY else ("model_type", ())
+    kind = ALIASES.get(fields.get(key, ""), fields.get(key))
     if kind not in FAMILIES:
-        known = ", ".join([*FAMILIES, *ALIASES])
-        raise ValueError(f"{where}: unknown model_type {fields.get('model_type')!r}; known: {known}")
+        raise ValueError(f"{where}: unknown {key} {fields.get(key)!r}; known: {', '.join([*FAMILIES, *ALIASES])}")
     family = FAMILIES[kind]
     if (activation := fields.get("hidden_act", "silu")) != "silu":
         raise ValueError(f"{where}: hidden_act {activation!r} is not supported, only 'silu'")
     if fields.get("use_sliding_window") or "sliding_attention" in (fields.get("layer_types") or ()):
         raise ValueError(f"{where}: sliding windows (use_sliding_window, layer_types) are not supported")
     values: dict[str, Any] = {"model_type": kind}
-    for name in (*_COMMON, *family.fields):
+    for name in (*_COMMON, *family.fields, *memory):
         stated = (fields[s] for s in family.renamed.get(name, (name,)) if fields.get(s) is not None)
         value = next(stated, family.defaults.get(name))
         if value is not None:
             values[name] = tuple(value) if isinstance(value, list) else value
-    for name in (*_REQUIRED, *(_MLA if "kv_lora_rank" in family.fields else ())):
+    for name in (*_REQUIRED, *(_MLA if "kv_lora_rank" in family.fields else ()), *memory[:1]):
         if name not in values:
             raise ValueError(f"{where}: missing field {name!r}")
     values |= _rope(fields, where) | family.fixed
@@ -126,7 +131,9 @@ def to_hf(config: ModelConfig, dtype: str = "bfloat16") -> dict[str, Any]:
     """
     family = FAMILIES[config.model_type]
     out: dict[str, Any] = {"architectures": [family.architecture], "model_type": config.model_type, "torch_dtype": dtype}
-    for name in (*_COMMON, *family.fields):
+    if config.memory_layers:
+        out |= {"architectures": ["JevonsMemoryForCausalLM"], "model_type": MEMORY, "base_model_type": config.model_type}
+    for name in (*_COMMON, *family.fields, *(_MEMORY if config.memory_layers else ())):
         value = getattr(config, name)
         out[family.renamed.get(name, (name,))[0]] = list(value) if isinstance(value, tuple) else value
     if config.is_mla:
@@ -139,3 +146,18 @@ def to_hf(config: ModelConfig, dtype: str = "bfloat16") -> dict[str, Any]:
     if lost := [n for n in ModelConfig.field_names() if n not in unused and getattr(read, n) != getattr(config, n)]:
         raise ValueError(f"model_type {config.model_type}: cannot express {', '.join(f'{n}={getattr(config, n)!r}' for n in lost)}")
     return out
+
+
+def load_config(folder: Path) -> ModelConfig:
+    """config.json of a folder. ValueError naming the file and the field."""
+    return from_hf(read_json(folder / "config.json"), str(folder / "config.json"))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of a model's folder. ValueError naming the file."""
+    if not path.is_file():
+        raise ValueError(f"{path}: missing; a model folder holds config.json and *.safetensors")
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:  # not text, not JSON, or another value
+        raise ValueError(f"{path}: not JSON, or no object: {error}") from error

@@ -9,7 +9,6 @@ Not done: pickled checkpoints (.bin), which can run code, and remote code of any
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -24,8 +23,9 @@ from torch import Tensor, nn
 from jevons.data.disk import new_folder, write_json
 from jevons.kernels.fp8 import dequantize_blocks
 from jevons.model.config import ModelConfig
-from jevons.model.family import from_hf, to_hf
+from jevons.model.family import load_config, read_json, to_hf
 from jevons.model.transformer import Transformer
+from jevons.model.ultramem import check_shuffles
 
 SHARD_BYTES = 5 * 10**9
 COMPANIONS = (
@@ -52,30 +52,13 @@ def resolve(name: str) -> Path:
         raise ValueError(f"{name}: not a local folder, and the hub could not be read: {error}") from error
 
 
-def load_config(folder: Path) -> ModelConfig:
-    """config.json of a folder. ValueError naming the file and the field."""
-    return from_hf(_read_json(folder / "config.json"), str(folder / "config.json"))
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ValueError(f"{path}: missing; a model folder holds config.json and *.safetensors")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: not a JSON object")
-    return value
-
-
 class _Folder:
     """The tensors of a folder by name, whichever file they lie in."""
 
     def __init__(self, folder: Path) -> None:
         index = folder / "model.safetensors.index.json"
         if index.is_file():
-            files = sorted({folder / name for name in _read_json(index).get("weight_map", {}).values()})
+            files = sorted({folder / name for name in read_json(index).get("weight_map", {}).values()})
             if absent := [f.name for f in files if not f.is_file()]:
                 raise ValueError(f"{folder}: the index names files that are missing: {', '.join(absent)}")
         else:
@@ -154,11 +137,12 @@ def load_model(folder: Path, *, dtype: torch.dtype = torch.bfloat16, device: tor
         config = replace(config, num_nextn_predict_layers=0)
     if not mtp:
         names = [n for n in names if not (m := _LAYER.fullmatch(n)) or int(m[1]) < config.num_hidden_layers]
-    quantization = _read_json(folder / "config.json").get("quantization_config") or {}
+    quantization = read_json(folder / "config.json").get("quantization_config") or {}
     rows, columns = quantization.get("weight_block_size") or (128, 128)
     with torch.device("meta"):
         model = Transformer(config)
     _fill(model, files, names, dtype, torch.device(device), (rows, columns), str(folder))
+    check_shuffles(model, str(folder))
     return model
 
 
@@ -198,7 +182,7 @@ def _fill(
     slots = dict(model.named_parameters()) | dict(model.named_buffers())
     filled: dict[str, Tensor] = {}
     for name, slot, index in _place(model.config, slots, files, names, block, where):
-        wanted = torch.float32 if slot.endswith("e_score_correction_bias") else dtype
+        wanted = slots[slot].dtype if slot.endswith(("e_score_correction_bias", "shuffle_index")) else dtype
         tensor = files.tensor(name, wanted, block)
         if index:
             if slot not in filled:
@@ -214,10 +198,7 @@ def _assign(model: Transformer, tensors: dict[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         path, _, leaf = name.rpartition(".")
         module = model.get_submodule(path)
-        if leaf in module._buffers:
-            module._buffers[leaf] = tensor
-        else:
-            module._parameters[leaf] = nn.Parameter(tensor)
+        setattr(module, leaf, tensor if leaf in module._buffers else nn.Parameter(tensor))
     if model.config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
 

@@ -49,10 +49,8 @@ class Router(nn.Module):
         self.normalise, self.factor = config.norm_topk_prob, config.routed_scaling_factor
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
         self.e_score_correction_bias: Tensor | None
-        self.register_buffer(
-            "e_score_correction_bias",
-            torch.zeros(config.n_routed_experts, dtype=torch.float32) if config.has_correction_bias else None,
-        )
+        bias_E = torch.zeros(config.n_routed_experts, dtype=torch.float32) if config.has_correction_bias else None
+        self.register_buffer("e_score_correction_bias", bias_E)
 
     def forward(self, x_TD: Tensor, forced_TK: Tensor | None = None) -> Routing:
         logits_TE = F.linear(x_TD.float(), self.weight.float())
@@ -97,9 +95,8 @@ class MoE(nn.Module):
         super().__init__()
         self.gate = Router(config, layer)
         self.experts = Experts(config)
-        self.shared_experts = (
-            MLP(config.hidden_size, config.n_shared_experts * config.moe_intermediate_size) if config.n_shared_experts else None
-        )
+        shared = config.n_shared_experts * config.moe_intermediate_size
+        self.shared_experts = MLP(config.hidden_size, shared) if shared else None
 
     def forward(self, x_TD: Tensor, forced_TK: Tensor | None = None) -> tuple[Tensor, Routing]:
         routing = self.gate(x_TD, forced_TK)

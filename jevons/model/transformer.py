@@ -19,8 +19,10 @@ from jevons.model.config import ModelConfig
 from jevons.model.layer import MLP, RMSNorm
 from jevons.model.moe import MoE, Router, Routing
 from jevons.model.rope import inverse_frequencies
+from jevons.model.ultramem import SharedValues, UltraMem
 
 Rope = tuple[Tensor, Tensor]
+Called = tuple[Tensor, Routing | None, Tensor | None]  # what a layer makes of x_TD, what its router did, what its memory layer found (T, D)
 
 
 class Output(NamedTuple):
@@ -31,22 +33,24 @@ class Output(NamedTuple):
 
 
 class DecoderLayer(nn.Module):
-    """Pre-norm block: x += attention(norm(x)); x += feed_forward(norm(x))."""
+    """Pre-norm block: x += attention(norm(x)); x += feed_forward(norm(x)); a memory layer reads that norm, too, and is added later."""
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: ModelConfig, layer: int, shared: SharedValues | None = None) -> None:
         super().__init__()
         self.self_attn = MLA(config, layer) if config.is_mla else GQA(config, layer)
         self.mlp = MoE(config, layer) if config.is_moe(layer) else MLP(config.hidden_size, config.intermediate_size, config.mlp_bias)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.memory = UltraMem(config, layer, shared) if layer in config.memory_targets else None
 
-    def forward(self, x_TD: Tensor, rope: Rope, attend: Attend, forced_TK: Tensor | None = None) -> tuple[Tensor, Routing | None]:
+    def forward(self, x_TD: Tensor, rope: Rope, attend: Attend, forced_TK: Tensor | None = None) -> Called:
         x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), rope, attend)
         h_TD = self.post_attention_layernorm(x_TD)
+        memory_TD = None if self.memory is None else self.memory(h_TD)
         if isinstance(self.mlp, MoE):
             out_TD, routing = self.mlp(h_TD, forced_TK)
-            return x_TD + out_TD, routing
-        return x_TD + self.mlp(h_TD), None
+            return x_TD + out_TD, routing, memory_TD
+        return x_TD + self.mlp(h_TD), None, memory_TD
 
 
 class SharedHead(nn.Module):
@@ -78,9 +82,9 @@ class Decoder(nn.Module):
         super().__init__()
         main, depth = config.num_hidden_layers, config.num_nextn_predict_layers
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(
-            [DecoderLayer(config, i) for i in range(main)] + [MTPLayer(config, i) for i in range(main, main + depth)]
-        )
+        self.memory = SharedValues(config) if config.memory_shared else None
+        blocks = [DecoderLayer(config, i, self.memory) for i in range(main)]
+        self.layers = nn.ModuleList([*blocks, *(MTPLayer(config, i) for i in range(main, main + depth))])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
@@ -99,7 +103,7 @@ class Transformer(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
-        self.call_layer: Callable[..., tuple[Tensor, Routing | None]] = lambda layer, *arguments: layer(*arguments)
+        self.call_layer: Callable[..., Called] = lambda layer, *arguments: layer(*arguments)
         self.rope_dtype: torch.dtype | None = None
         frequencies, self.rope_magnitude = inverse_frequencies(config)
         self.inverse_frequencies = frequencies  # a plain attribute: made on the CPU even under torch.device("meta")
@@ -116,10 +120,14 @@ class Transformer(nn.Module):
         x_TD = self.model.embed_tokens(tokens_T)
         rope = self.rope(positions_T, x_TD.dtype)
         routing = []
+        found: list[tuple[int, Tensor]] = []  # by memory layers: the block after which it is added, and what
         for i, layer in enumerate(self.model.layers[: self.config.num_hidden_layers]):
-            x_TD, routed = self.call_layer(layer, x_TD, rope, attend, routes.get(i) if routes else None)
+            x_TD, routed, memory_TD = self.call_layer(layer, x_TD, rope, attend, routes.get(i) if routes else None)
             if routed is not None:
                 routing.append(routed)
+            if memory_TD is not None:
+                found.append((self.config.memory_targets[i], memory_TD))
+            x_TD = sum((late_TD for target, late_TD in found if target == i), x_TD)
         return Output(self.model.norm(x_TD), tuple(routing))
 
     def mtp(self, hidden_TD: Tensor, next_tokens_T: Tensor, positions_T: Tensor, attend: Attend, depth: int = 0) -> Output:
@@ -132,7 +140,7 @@ class Transformer(nn.Module):
         assert isinstance(layer, MTPLayer)
         embedding_TD = layer.enorm(self.model.embed_tokens(next_tokens_T))
         x_TD = layer.eh_proj(torch.cat((embedding_TD, layer.hnorm(hidden_TD)), dim=-1))
-        x_TD, routed = self.call_layer(layer, x_TD, self.rope(positions_T, x_TD.dtype), attend, None)
+        x_TD, routed, _ = self.call_layer(layer, x_TD, self.rope(positions_T, x_TD.dtype), attend, None)
         return Output(layer.shared_head.norm(x_TD), () if routed is None else (routed,))
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
@@ -146,14 +154,17 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:
-        """Every matrix from N(0, initializer_range^2), norms one, biases zero (DeepSeek-V3 section 4.2 uses 0.006)."""
+        """Every matrix from N(0, initializer_range^2), norms one, biases zero (DeepSeek-V3 section 4.2: 0.006); memory by its own rule."""
         for name, parameter in self.named_parameters():
             if name.endswith("norm.weight"):
                 parameter.fill_(1.0)
             elif name.endswith("bias"):
                 parameter.zero_()
-            else:
+            elif ".memory." not in name:
                 draw = torch.randn(parameter.shape, generator=generator, dtype=torch.float32, device=generator.device)
                 parameter.copy_(draw * self.config.initializer_range)
         for buffer in self.buffers():
             buffer.zero_()
+        for module in self.modules():
+            if isinstance(module, UltraMem | SharedValues):
+                module.init_weights(generator)

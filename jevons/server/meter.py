@@ -44,11 +44,13 @@ class Meter:
         *,
         capacity: int = 10_000,
         patience: float = 10.0,
+        session: str | None = None,
         wall: Callable[[], float] = time.time,
     ) -> None:
-        """`capacity`: how many rows may wait before new requests are refused; `patience`: seconds that a request waits for its row."""
+        """`capacity`: how many rows may wait before new requests are refused; `patience`: seconds that a request waits for its row;
+        `session`: the run_id of the server's receipt, which its rows carry."""
         self.store, self.prices, self.keys = store, prices, keys
-        self.capacity, self.patience, self._wall = capacity, patience, wall
+        self.capacity, self.patience, self.session, self._wall = capacity, patience, session, wall
         self.error: str | None = None  # what the database said, while it fails
         self._day = wall() // DAY
         self._today = store.money(self._day * DAY)
@@ -69,12 +71,12 @@ class Meter:
             raise APIError(503, "usage cannot be recorded at the moment", code="meter_unavailable", retry_after=LONGEST_PAUSE)
 
     def priced(self, row: UsageRow) -> UsageRow:
-        """The row with its money, by the prices of the moment at which it started."""
+        """The row with its session and its money, by the prices of the moment at which it started."""
         if row.money is not None:
             return row
         counts = {"prompt": row.prompt, "cached": row.cached, "completion": row.completion}
         money = self.prices.money(row.model, **counts, device_seconds=row.device_seconds, when=row.started)
-        return dataclasses.replace(row, money=money)
+        return dataclasses.replace(row, money=money, session=self.session)
 
     def today(self) -> float:
         """Money of the requests that ended since midnight UTC; at the start, of those that began since."""

@@ -10,8 +10,9 @@ beginning of a tag.
     content    until a call's tag
     call       until the closing tag, the next opening tag, or the end. A body that is no call becomes content, tags and all
 
-Line breaks after <think>, after </think> and white space around calls belong to the format and are dropped. Special tokens (end of text,
-ends of turns) never show. All pieces joined say the same however early or late text could be released.
+A <think> that is opened again before any thought, line breaks after <think>, after </think> and white space around calls belong to the
+format and are dropped. Special tokens (end of text, ends of turns) never show. All pieces joined say the same however early or late
+text could be released.
 """
 
 from __future__ import annotations

@@ -39,12 +39,13 @@ class Chat:
         folder = newest_model(Path(name).expanduser())
         folder = resolve(name) if not folder.is_dir() else folder
         tokenizer = Tokenizer.load(folder)
-        model = load_model(folder, dtype=getattr(torch, dtype), device=device.choose("auto"), mtp=False)
+        where = device.choose("auto")
+        dtype = device.sampling_dtype(where) if dtype == "auto" else dtype
+        model = load_model(folder, dtype=getattr(torch, dtype), device=where, mtp=False)
         if tokenizer.size > model.config.vocab_size:
             raise ValueError(f"{folder}: the tokenizer has {tokenizer.size} tokens, the model's embedding only {model.config.vocab_size}")
-        # generation_config.json knows the end of a turn better than config.json does; the tokenizer's eos always ends one
-        ends = {*model.config.eos_token_ids, *([tokenizer.eos_id] if tokenizer.eos_id is not None else [])}
-        return cls(Engine(model, max_sequences=1, stop_ids=ends), tokenizer, params, system)
+        engine = Engine(model, max_sequences=1, stop_ids=tokenizer.ends(model.config.eos_token_ids))
+        return cls(engine, tokenizer, params, system)
 
     def reply(self, text: str) -> Iterator[str]:
         """Pieces of the reply to `text`, special tokens left out; the turn joins the conversation when it ends or is stopped."""

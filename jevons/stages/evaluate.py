@@ -1,49 +1,59 @@
-"""Held-out problems answered by the engine and graded exactly; held-out text scored in bits per byte.
+"""Held-out problems answered by the engine and graded; held-out text scored in bits per byte.
 
     STAGE/results.json        STAGE/DONE.json
+
+Where the recipe has reinforcement learning, the model that it began with sits the same exam (`before` in the results), and each task says
+how much was gained.
 """
 
 from __future__ import annotations
 
 import json
-import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.text import Text
 
+from jevons.cost.arithmetic import forward_flops, prefill_flops
+from jevons.cost.profile import Profile
 from jevons.data.disk import write_json
 from jevons.data.tokenizer import Tokenizer
 from jevons.engine.engine import Engine
-from jevons.engine.sequence import SamplingParams
-from jevons.model.folder import load_model
+from jevons.model.config import ModelConfig
+from jevons.model.folder import load_config, load_model
 from jevons.model.transformer import Transformer
-from jevons.progress import Meter
-from jevons.recipe import Recipe, TaskMix
-from jevons.run import Interrupt, Interrupted, Run, newest_model
-from jevons.stages.sample import prompt_ids
-from jevons.tasks.task import Problem, get_task
+from jevons.recipe import Recipe
+from jevons.run import Interrupt, Interrupted, Run
+from jevons.stages.estimate import difference
+from jevons.stages.exam import Exam, Sheet, results, sit
+from jevons.stages.forecast import forecast, measured, text_flops, turns
+from jevons.stages.origin import origin
+from jevons.tasks.task import get_task
 from jevons.train import device
 from jevons.train.corpus import Corpus, validation_loss
 
 
 def evaluate(run: Run, recipe: Recipe, interrupt: Interrupt) -> None:
-    """Run the stage on the newest model of the run."""
+    """Run the stage on the last model of the run."""
     options = recipe.evaluate
-    assert options is not None and recipe.prepare is not None
-    folder = newest_model(run.folder)
-    tokenizer = Tokenizer.load(folder)
-    model = load_model(folder, dtype=getattr(torch, recipe.dtype), device=device.choose(recipe.device), mtp=False)
-    results: dict[str, Any] = {"model": str(folder.relative_to(run.folder)), "tasks": []}
-    with run.spend("evaluate") as spending:
-        tokens = 0
-        for mix in recipe.prepare.tasks:
-            result = grade(model, tokenizer, mix, options.problems, options.max_tokens, options.examples, recipe.seed, interrupt)
-            tokens += round(result["mean_tokens"] * result["problems"])
-            results["tasks"].append(result)
-            spending.update(tokens=tokens)
-        if recipe.pretrain:
+    assert options is not None
+    folder = origin(run, recipe, "evaluate")
+    first = origin(run, recipe, "rl") if recipe.rl and options.before_rl else None
+    out: dict[str, Any] = {"model": _label(run, folder)}
+    config = load_config(folder)
+    entry = measured(recipe, "evaluate", config, Profile.load(run.folder.parent, run.device))
+    with run.spend("evaluate", planned=forecast(recipe, "evaluate", config, entry) if entry else None) as spending:
+        model, tokenizer = _open(recipe, folder)
+        after = grade(model, tokenizer, recipe, interrupt)
+        out["tasks"] = [results(sheet, options.examples) for sheet in after]
+        flops = text_flops(recipe, config) + spent(after, config)
+        spending.update(tokens=sum(sheet.tokens for sheet in after), flops=flops)
+        if recipe.prepare and recipe.pretrain:
             corpus = Corpus.open(
                 run.stage_folder("prepare"),
                 tokenizer,
@@ -51,65 +61,71 @@ def evaluate(run: Run, recipe: Recipe, interrupt: Interrupt) -> None:
                 split_documents=recipe.pretrain.split_documents,
                 seed=recipe.seed,
             )
-            results["validation_loss"], results["bits_per_byte"] = validation_loss(model, corpus, options.windows)
+            out["validation_loss"], out["bits_per_byte"] = validation_loss(model, corpus, options.windows)
+        del model
+        if first and after:
+            before = grade(*_open(recipe, first), recipe, interrupt, " before rl")
+            out["before"] = {"model": _label(run, first), "tasks": [results(sheet, options.examples) for sheet in before]}
+            for task, old, new in zip(out["tasks"], before, after):
+                task["gain"] = asdict(difference(old.rates, new.rates, options.samples))
+            spending.update(tokens=sum(sheet.tokens for sheet in before + after), flops=flops + spent(before, config))
     run.stage_folder("evaluate").mkdir(exist_ok=True)
-    write_json(run.stage_folder("evaluate") / "results.json", results)
+    write_json(run.stage_folder("evaluate") / "results.json", out)
     run.mark_done("evaluate")
 
 
-def grade(
-    model: Transformer, tokenizer: Tokenizer, mix: TaskMix, problems: int, max_tokens: int, examples: int, seed: int, interrupt: Interrupt
-) -> dict[str, Any]:
-    """Greedy accuracy on `problems` test problems of one task, with its 95 % interval, by difficulty, and with examples."""
-    task = get_task(mix.task, **mix.options)
-    asked = [task.problem("test", i, seed) for i in range(problems)]
-    engine = Engine(model)
-    with Meter(f"evaluate {task.name}", problems) as meter:
-
-        def progress(finished: int, tokens: int) -> None:
-            if interrupt.requested:
-                raise Interrupted("stopped while evaluating; the same command starts this stage again")
-            meter.update(finished, f"{tokens:,} tokens")
-
-        prompts = [prompt_ids(tokenizer, p.prompt) for p in asked]
-        done = engine.generate(prompts, SamplingParams(max_tokens=max_tokens, temperature=0), progress=progress)
-    replies = [tokenizer.decode(s.tokens, skip_special=True) for s in done]
-    scores = [task.verify(p, r) for p, r in zip(asked, replies)]
-    by_difficulty: dict[str, list[float]] = {}
-    for problem, score in zip(asked, scores):
-        by_difficulty.setdefault(str(problem.difficulty), []).append(score)
-    low, high = wilson(sum(scores), problems)
-    return {
-        "task": task.name,
-        "accuracy": sum(scores) / problems,
-        "low": low,
-        "high": high,
-        "problems": problems,
-        "mean_tokens": sum(len(s.tokens) for s in done) / problems,
-        "unfinished": sum(s.stop_reason == "length" for s in done),
-        "by_difficulty": {k: sum(v) / len(v) for k, v in sorted(by_difficulty.items(), key=lambda item: int(item[0]))},
-        "examples": [_example(p, r, s) for p, r, s in _spread(asked, replies, scores, examples)],
-    }
+def _label(run: Run, folder: Path) -> str:
+    return str(folder.relative_to(run.folder) if folder.is_relative_to(run.folder) else folder)
 
 
-def _example(problem: Problem, reply: str, score: float) -> dict[str, Any]:
-    return {"prompt": problem.prompt, "reply": reply, "answer": problem.answer, "correct": score == 1.0}
+def _open(recipe: Recipe, folder: Path) -> tuple[Transformer, Tokenizer]:
+    model = load_model(folder, dtype=getattr(torch, recipe.dtype), device=device.choose(recipe.device), mtp=False)
+    return model, Tokenizer.load(folder)
 
 
-def _spread(asked: list[Problem], replies: list[str], scores: list[float], count: int) -> list[tuple[Problem, str, float]]:
-    """The first right and the first wrong answers, half of each where there are enough."""
-    rows = list(zip(asked, replies, scores))
-    wrong, right = [r for r in rows if r[2] < 1], [r for r in rows if r[2] == 1]
-    take = min(len(wrong), max(count // 2, count - len(right)))
-    return right[: count - take] + wrong[:take]
+def grade(model: Transformer, tokenizer: Tokenizer, recipe: Recipe, interrupt: Interrupt, when: str = "") -> list[Sheet]:
+    """The model's answers to the recipe's held-out problems, a sheet a task."""
+    engine = make_engine(model, tokenizer, recipe)
+    sheets = []
+    for exam in exams(recipe):
+        sheets.append(sit(exam, engine, tokenizer, interrupt, exam.task.name + when))
+        if sheets[-1].stopped:
+            raise Interrupted("stopped while evaluating; the same command starts this stage again")
+    return sheets
 
 
-def wilson(successes: float, trials: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's 95 % score interval of a proportion (E. B. Wilson, 1927)."""
-    share = successes / trials
-    centre = (share + z * z / (2 * trials)) / (1 + z * z / trials)
-    half = z / (1 + z * z / trials) * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
-    return max(0.0, centre - half), min(1.0, centre + half)
+def make_engine(model: Transformer, tokenizer: Tokenizer, recipe: Recipe) -> Engine:
+    assert recipe.evaluate is not None
+    return Engine(model, max_sequences=recipe.evaluate.concurrency, stop_ids=tokenizer.ends(model.config.eos_token_ids))
+
+
+def exams(recipe: Recipe) -> list[Exam]:
+    """An exam a task, as the recipe asks for them."""
+    options, most = recipe.evaluate, turns(recipe)
+    assert options is not None
+    tasks = [get_task(mix.task, **mix.options) for mix in recipe.task_mixes]
+    if most > 1 and not any(task.tools() for task in tasks):
+        raise ValueError(f"evaluate.max_turns: {most} turns need a task with tools")
+    return [
+        Exam(
+            task=task,
+            problems=options.problems,
+            samples=options.samples,
+            temperature=options.temperature,
+            top_p=options.top_p,
+            max_tokens=options.max_tokens,
+            max_turns=most if task.tools() else 1,
+            seed=recipe.seed,
+        )
+        for task in tasks
+    ]
+
+
+def spent(sheets: Sequence[Sheet], config: ModelConfig) -> float:
+    """FLOPs of answers; a problem is read once for all of them."""
+    groups = [group.trajectories for sheet in sheets for group in sheet.groups]
+    read = sum(prefill_flops(config, len(answers[0].prompt)) for answers in groups)
+    return read + sum(t.drawn * forward_flops(config, len(t.prompt) + t.drawn / 2) for answers in groups for t in answers)
 
 
 def show_results(run: Run, console: Console) -> None:
@@ -117,16 +133,21 @@ def show_results(run: Run, console: Console) -> None:
     path = run.stage_folder("evaluate") / "results.json"
     if not path.exists():
         return
-    results = json.loads(path.read_text(encoding="utf-8"))
-    if "bits_per_byte" in results:
-        console.print(f"held-out text: {results['bits_per_byte']:.3f} bits per byte")
-    for result in results["tasks"]:
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if "bits_per_byte" in found:
+        console.print(f"held-out text: {found['bits_per_byte']:.3f} bits per byte")
+    before = found.get("before", {}).get("tasks", [])
+    for place, result in enumerate(found["tasks"]):
         console.print(
             f"[bold]{result['task']}: {result['accuracy']:.1%}[/] of {result['problems']} held-out problems "
             f"(95 % interval {result['low']:.1%} to {result['high']:.1%})"
         )
+        if before:
+            gain, low, high = (100 * result["gain"][name] for name in ("value", "low", "high"))
+            was = before[place]["accuracy"]
+            console.print(f"  {was:.1%} before reinforcement learning: {gain:+.1f} points (95 % interval {low:+.1f} to {high:+.1f})")
         for example in result["examples"][:1] + result["examples"][-1:]:
-            mark = "[green]right[/]" if example["correct"] else f"[red]wrong[/], the answer is {example['answer']}"
-            console.print(f"  {example['prompt']}  ->  ", end="")
+            mark = "[green]right[/]" if example["correct"] else f"[red]wrong[/], the answer is {escape(example['answer'])}"
+            console.print(f"  {escape(example['prompt'])}  ->  ", end="")
             console.print(Text(example["reply"].replace("\n", " ")), end="  ")
             console.print(mark)

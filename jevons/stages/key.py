@@ -1,4 +1,4 @@
-"""The verbs `jevons keys ...`, and the bill of all keys that `jevons receipt --keys` prints.
+"""The verbs `jevons keys ...`, and the table of all keys that `jevons receipt --keys` prints.
 
 What a key may do and how it is kept is in server/key.py; here is only what people type and read. Moments are written as people
 say them: 30d, 12h, or a date, which is UTC's.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -17,8 +18,7 @@ import typer
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from jevons.cost.price import Prices
-    from jevons.cost.usage import KeyRow, UsageStore
+    from jevons.cost.usage import KeyRow, UsageStore, UsageSums
     from jevons.server.key import Keys
 
 SECONDS = {"m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
@@ -131,32 +131,23 @@ def rotate(key: Key, root: Root = Path("runs"), ledger: URL = None) -> None:
     _show(f"{row.name} ({row.id})", secret)
 
 
-def bill(root: Path, ledger: str | None, since: str | None, compare: str, prices: Path | None) -> Table:
-    """What each key used, for `jevons receipt --keys`."""
-    from jevons.cost.price import Prices
-
-    moment = None if since is None else parse_moment(since, time.time(), -1, "--since")
-    return render(_store(root, ledger), Prices.load(prices), moment, compare)
-
-
-def render(store: UsageStore, prices: Prices, since: float | None, compare: str) -> Table:
+def render(rows: Sequence[UsageSums], elsewhere: Mapping[str, float], since: float | None, compare: str) -> Table:
     """A line a key: counts, the median time to first token, device time, money, and the money at `compare`'s prices."""
     from rich import box
     from rich.table import Table
 
     from jevons.cost.receipt import format_amount, format_count
 
-    rows, elsewhere = store.sums("key", since), store.cost_at(prices, compare, since)
     title = "keys" if since is None else f"keys since {datetime.fromtimestamp(since, UTC):%Y-%m-%d %H:%M} UTC"
     title += f"; elsewhere: the same tokens at {compare}'s prices"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_footer=True, pad_edge=False, collapse_padding=True)
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_footer=True, pad_edge=False, padding=0)
     counts = {"requests": "calls", "prompt": "prompt", "cached": "cached", "completion": "output", "reasoning": "thought"}
     footers = {head: format_count(sum(getattr(row, field) for row in rows)) for field, head in counts.items()}
-    footers |= {"first token": "", "device hours": format_amount(sum(row.device_seconds for row in rows) / 3600)}
+    footers |= {"first token": "", "hours": format_amount(sum(row.device_seconds for row in rows) / 3600)}
     footers |= {"money": format_amount(sum(row.money for row in rows)), "elsewhere": format_amount(sum(elsewhere.values()))}
-    table.add_column("key", footer="total")
+    table.add_column("key", footer="total", overflow="fold")
     for head, footer in footers.items():
-        table.add_column(head, footer=footer, justify="right")
+        table.add_column(head, footer=footer, justify="right", no_wrap=head != "first token")
     for row in rows:
         table.add_row(
             row.label,

@@ -14,11 +14,21 @@ from jevons.recipe import Recipe, load
 from jevons.report import write_report
 from jevons.run import Interrupt, Interrupted, Run
 from jevons.stages.evaluate import evaluate, show_results
+from jevons.stages.foresight import look_ahead
+from jevons.stages.moment import show_moments
 from jevons.stages.prepare import prepare
 from jevons.stages.pretrain import pretrain
+from jevons.stages.rl import rl
+from jevons.stages.sft import sft
 from jevons.train import device
 
-STAGES: dict[str, Callable[[Run, Recipe, Interrupt], None]] = {"prepare": prepare, "pretrain": pretrain, "evaluate": evaluate}
+STAGES: dict[str, Callable[[Run, Recipe, Interrupt], None]] = {
+    "prepare": prepare,
+    "pretrain": pretrain,
+    "sft": sft,
+    "rl": rl,
+    "evaluate": evaluate,
+}
 
 
 def live(name: str, overrides: Sequence[str], root: Path, *, stage: str | None = None, again: str | None = None) -> Path:
@@ -29,19 +39,24 @@ def live(name: str, overrides: Sequence[str], root: Path, *, stage: str | None =
     recipe = load(name, overrides)
     if stage and stage not in recipe.stages:
         raise ValueError(f"--stage {stage}: the recipe's stages are {', '.join(recipe.stages)}")
-    run = Run(recipe, root, device.describe(device.choose(recipe.device)), again=again or None)
+    where = device.choose(recipe.device)
+    recipe = recipe.settle(device.best_dtype(where))
+    run = Run(recipe, root, device.describe(where), again=again or None, memory=lambda: device.peak_memory(where))
     console = Console(highlight=False, soft_wrap=True)
-    console.print(f"[bold]{recipe.name}[/] on {run.device}: {' -> '.join(recipe.stages)}, in {run.folder}")
+    console.print(f"[bold]{recipe.name}[/] on {run.device}, {recipe.dtype}: {' -> '.join(recipe.stages)}, in {run.folder}")
     with Interrupt() as interrupt:
         try:
-            for each in recipe.stages:
-                if stage in (None, each) and not run.is_done(each):
-                    _needs(run, recipe, each)
-                    STAGES[each](run, recipe, interrupt)
+            pending = [each for each in recipe.stages if stage in (None, each) and not run.is_done(each)]
+            look_ahead(recipe, pending[1:])
+            for each in pending:
+                _needs(run, recipe, each)
+                device.forget_peak(where)  # of the stage before
+                STAGES[each](run, recipe, interrupt)
         except Interrupted as stopped:
             write_report(run.folder)
             console.print(f"[yellow]{stopped}[/]")
             sys.exit(128 + (interrupt.signal or signal.SIGINT))
+    show_moments(run, console)
     show_results(run, console)
     console.print(render(run.write_receipt()))
     console.print(f"report: {write_report(run.folder)}\nchat:   jevons chat {run.folder}")

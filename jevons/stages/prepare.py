@@ -16,13 +16,15 @@ from pathlib import Path
 
 from rich.markup import escape
 
+from jevons.data.chat import Message
 from jevons.data.shard import write_shards
 from jevons.data.text import BadLines, Document, read_documents
 from jevons.data.tokenizer import Tokenizer, train_bpe
 from jevons.model.folder import resolve
 from jevons.progress import Meter
-from jevons.recipe import Prepare, Recipe, TaskMix
+from jevons.recipe import Recipe
 from jevons.run import Interrupt, Interrupted, Run
+from jevons.section import Prepare, TaskMix
 from jevons.tasks.task import Split, Task, get_task
 
 TOKENIZER_CHARACTERS = 20_000_000  # what a tokenizer is trained on; more changes little
@@ -128,8 +130,13 @@ def problems(mixes: tuple[TaskMix, ...], split: Split, seed: int) -> Iterator[Do
     index = itertools.count()
     for number in itertools.count():
         ((task, turns),) = rng.choices(tasks, weights)
-        asked = [task.problem(split, next(index), seed) for _ in range(rng.randint(1, turns))]
-        yield Document(None, tuple(message for problem in asked for message in task.worked(problem)), task.name, number)
+        messages: list[Message] = []
+        for _ in range(rng.randint(1, turns)):
+            worked = task.worked(task.problem(split, next(index), seed))
+            if worked is None:
+                raise ValueError(f"tasks: {task.name} has no worked solutions to learn from; it is a task for rl and evaluate")
+            messages += worked
+        yield Document(None, tuple(messages), task.name, number)
 
 
 def tokenizer_folder(run: Run) -> Path:

@@ -13,21 +13,25 @@ from typing import Any
 
 import torch
 
-from jevons.cost.arithmetic import parameters, train_flops
+from jevons.cost.arithmetic import parameters, train_flops, weight_bytes
+from jevons.cost.profile import Profile
 from jevons.cost.receipt import Plan, format_flops, format_seconds
 from jevons.data.tokenizer import Tokenizer
+from jevons.model.config import ModelConfig
 from jevons.model.folder import companions, load_model, resolve, save_model
 from jevons.model.transformer import Transformer
 from jevons.progress import Meter
-from jevons.recipe import Pretrain, Recipe
-from jevons.run import Interrupt, Interrupted, Run, Spending
+from jevons.recipe import Recipe
+from jevons.run import Interrupt, Interrupted, Run
+from jevons.section import Pretrain
+from jevons.stages.forecast import forecast, measured
 from jevons.stages.prepare import tokenizer_folder
 from jevons.stages.sample import log_samples
+from jevons.stages.step import StepLog
 from jevons.train import checkpoint, device
-from jevons.train.balance import max_violation
 from jevons.train.corpus import Corpus, validation_loss
 from jevons.train.loss import next_token
-from jevons.train.schedule import build
+from jevons.train.schedule import Phase, Schedule, build
 from jevons.train.trainer import Metrics, Trainer
 
 
@@ -39,16 +43,58 @@ def pretrain(run: Run, recipe: Recipe, interrupt: Interrupt) -> None:
     folder = run.stage_folder("pretrain")
     folder.mkdir(exist_ok=True)
     tokenizer = Tokenizer.load(tokenizer_folder(run))
-    model = make_model(recipe, tokenizer, where)
-    _fits(model, tokenizer, options)
-    corpus = Corpus.open(
-        run.stage_folder("prepare"),
-        tokenizer,
-        sequence_length=options.sequence_length,
-        split_documents=options.split_documents,
-        seed=recipe.seed,
-    )
-    trainer = Trainer(
+    files = companions(tokenizer_folder(run))
+    schedule = make_schedule(options)
+    with run.spend("pretrain") as spending:
+        model = make_model(recipe, tokenizer, where)
+        _fits(model, tokenizer, options)
+        corpus = open_corpus(run.stage_folder("prepare"), tokenizer, recipe)
+        trainer = make_trainer(model, options)
+        memory = memory_schedule(options, model.config)
+        peak = spending.receipt.peak_flops = device.measure_peak(where, model.model.embed_tokens.weight.dtype)
+        flops = train_flops(model.config, options.sequence_length, mtp=_mtp(model, options))
+        step_tokens = options.batch_size * options.sequence_length
+        if spending.receipt.planned is None:
+            spending.receipt.planned = _plan(run, recipe, trainer, corpus, flops, spending.update().seconds)
+        first = 0
+        if (found := checkpoint.newest(folder / "checkpoints")) is not None:
+            first = int(checkpoint.load(found, trainer)["step"])
+        run.truncate_metrics("pretrain", first if found else -1)
+        run.note(parameters=parameters(model.config).total)
+        with Meter("pretrain", options.steps) as meter:
+            show_plan(meter, model, spending.receipt.planned, peak, first, found)
+            if first == 0:
+                _validate(run, model, corpus, options.evaluate_windows, 0)
+            log = StepLog(run, "pretrain", spending, meter, flops, first * step_tokens)
+            for step in range(first, options.steps):
+                lr = schedule.at(step)
+                metrics, norm = train_step(trainer, corpus, options, step, lr, memory.at(step))
+                log.add(step + 1, metrics, norm, lr, force=(step + 1) % options.log_every == 0 or step + 1 == options.steps)
+                last = step + 1 == options.steps
+                if _due(options.evaluate_every, step) or last:
+                    _validate(run, model, corpus, options.evaluate_windows, step + 1)
+                if _due(options.sample_every, step) or last:
+                    log_samples(run, recipe, model, tokenizer, corpus.validation.shards, "pretrain", step + 1)
+                if _due(options.save_every, step) or last or interrupt.requested:
+                    progress = {"tokens": (step + 1) * step_tokens}
+                    checkpoint.save(folder / "checkpoints", step + 1, trainer, progress, companions=files, keep_last=options.keep_last)
+                if interrupt.requested and not last:
+                    raise Interrupted(f"saved after step {step + 1} of {options.steps}; the same command continues")
+        save_model(model, folder / "model", companions=files)
+    run.mark_done("pretrain", steps=options.steps, tokens=options.steps * step_tokens)
+    shutil.rmtree(folder / "checkpoints")  # last: killed before it was done, the stage would start over without them
+
+
+def open_corpus(prepared: Path, tokenizer: Tokenizer, recipe: Recipe) -> Corpus:
+    """What [prepare] left, in the windows of [pretrain]."""
+    options = recipe.pretrain
+    assert options is not None
+    length, split = options.sequence_length, options.split_documents
+    return Corpus.open(prepared, tokenizer, sequence_length=length, split_documents=split, seed=recipe.seed)
+
+
+def make_trainer(model: Transformer, options: Pretrain) -> Trainer:
+    return Trainer(
         model,
         betas=options.betas,
         weight_decay=options.weight_decay,
@@ -59,7 +105,10 @@ def pretrain(run: Run, recipe: Recipe, interrupt: Interrupt) -> None:
         recompute=options.recompute,
         compile=options.compile,
     )
-    schedule = build(
+
+
+def make_schedule(options: Pretrain) -> Schedule:
+    return build(
         options.schedule,
         peak=options.lr,
         steps=options.steps,
@@ -67,39 +116,10 @@ def pretrain(run: Run, recipe: Recipe, interrupt: Interrupt) -> None:
         minimum=options.minimum_lr,
         decay=options.decay_steps,
     )
-    peak = device.measure_peak(where, model.model.embed_tokens.weight.dtype)
-    flops = train_flops(model.config, options.sequence_length, mtp=bool(options.mtp_weight) and model.config.num_nextn_predict_layers > 0)
-    step_tokens = options.batch_size * options.sequence_length
-    plan = _plan(trainer, corpus, options, flops, recipe.price_per_hour)
-    first = 0
-    if (found := checkpoint.newest(folder / "checkpoints")) is not None:
-        first = int(checkpoint.load(found, trainer)["step"])
-    run.truncate_metrics("pretrain", first if found else -1)
-    run.note(parameters=parameters(model.config).total)
 
-    files = companions(tokenizer_folder(run))
-    with run.spend("pretrain", peak_flops=peak, planned=plan) as spending, Meter("pretrain", options.steps) as meter:
-        show_plan(meter, model, plan, peak, first, found)
-        if first == 0:
-            _validate(run, model, corpus, options.evaluate_windows, 0)
-        log = StepLog(run, spending, meter, flops)
-        for step in range(first, options.steps):
-            lr = schedule.at(step)
-            metrics, norm = train_step(trainer, corpus, options, step, lr)
-            log.add(step + 1, metrics, norm, lr, force=(step + 1) % options.log_every == 0 or step + 1 == options.steps)
-            last = step + 1 == options.steps
-            if _due(options.evaluate_every, step) or last:
-                _validate(run, model, corpus, options.evaluate_windows, step + 1)
-            if _due(options.sample_every, step) or last:
-                log_samples(run, recipe, model, tokenizer, corpus.validation.shards, "pretrain", step + 1)
-            if _due(options.save_every, step) or last or interrupt.requested:
-                progress = {"tokens": (step + 1) * step_tokens}
-                checkpoint.save(folder / "checkpoints", step + 1, trainer, progress, companions=files, keep_last=options.keep_last)
-            if interrupt.requested and not last:
-                raise Interrupted(f"saved after step {step + 1} of {options.steps}; the same command continues")
-    save_model(model, folder / "model", companions=files)
-    run.mark_done("pretrain", steps=options.steps, tokens=options.steps * step_tokens)
-    shutil.rmtree(folder / "checkpoints")  # last: killed before it was done, the stage would start over without them
+
+def _mtp(model: Transformer, options: Pretrain) -> bool:
+    return bool(options.mtp_weight) and model.config.num_nextn_predict_layers > 0
 
 
 def _fits(model: Transformer, tokenizer: Tokenizer, options: Pretrain) -> None:
@@ -108,21 +128,28 @@ def _fits(model: Transformer, tokenizer: Tokenizer, options: Pretrain) -> None:
         raise ValueError(f"the tokenizer has {tokenizer.size} tokens, the model's embedding {size}: take the model's own")
     if options.sequence_length > (limit := model.config.max_position_embeddings):
         raise ValueError(f"pretrain.sequence_length: {options.sequence_length} is more than the model's {limit} positions")
+    options.check_memory(model.config)
 
 
-def train_step(trainer: Trainer, corpus: Corpus, options: Pretrain, step: int, lr: float) -> tuple[Metrics, float]:
+def train_step(trainer: Trainer, corpus: Corpus, options: Pretrain, step: int, lr: float, memory: float = 1.0) -> tuple[Metrics, float]:
     """One optimizer step. FloatingPointError names step and windows where a loss or gradient is not finite."""
     first, size = step * options.batch_size, options.micro_batch_size or options.batch_size
     batches = [corpus.train.batch(first + i, size) for i in range(0, options.batch_size, size)]
     try:
         metrics = trainer.forward_backward(batches, next_token)
-        return metrics, trainer.step(lr)
+        return metrics, trainer.step(lr, memory)
     except FloatingPointError as error:
         raise FloatingPointError(
             f"pretrain step {step + 1}, windows {first} to {first + options.batch_size - 1} (lr {lr:.2e}): {error}. "
             "Nothing was saved over the last good checkpoint; lower pretrain.lr or lengthen pretrain.warmup_steps "
             "and start over with --from pretrain, or look at that data"
         ) from error
+
+
+def memory_schedule(options: Pretrain, config: ModelConfig) -> Schedule:
+    """What multiplies the learning rate of memory layers' values: `memory_lr`, falling to 1 along a line (arXiv 2411.12364)."""
+    first = options.memory_lr or (1.0 if config.memory_shared else 4.0)  # UltraMemV2's released run has no higher rate
+    return Schedule((Phase(options.steps * (options.memory_lr_share or 1.0), first, 1.0),))
 
 
 def make_model(recipe: Recipe, tokenizer: Tokenizer, where: torch.device) -> Transformer:
@@ -132,6 +159,12 @@ def make_model(recipe: Recipe, tokenizer: Tokenizer, where: torch.device) -> Tra
         return load_model(resolve(recipe.model["path"]), dtype=dtype, device=where)
     ids: dict[str, Any] = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
     config = replace(recipe.config(), **ids)
+    needed, there = weight_bytes(config, 4, mtp=True), device.total_memory(torch.device("cpu"))
+    if needed > there:  # to be made, before gradients and moments
+        raise ValueError(
+            f"model: {parameters(config).total:,} parameters need {needed / 2**30:,.0f} GiB, there are {there / 2**30:,.0f}: "
+            f"take a smaller model; `jevons plan {recipe.name}` says what would hold this one"
+        )
     model = Transformer(config)
     model.init_weights(torch.Generator().manual_seed(recipe.seed))
     model = model.to(where, dtype)
@@ -150,8 +183,16 @@ def _due(every: int, step: int) -> bool:
     return every > 0 and (step + 1) % every == 0
 
 
-def _plan(trainer: Trainer, corpus: Corpus, options: Pretrain, flops: float, price: float) -> Plan:
-    """What the stage will take, from the time of a real step whose gradients are thrown away."""
+def _plan(run: Run, recipe: Recipe, trainer: Trainer, corpus: Corpus, flops: float, spent: float) -> Plan:
+    """What the stage will take: by this device's calibration where there is one, else by a real step whose gradients are thrown away.
+
+    `spent`: seconds of the stage so far. What else it does beside steps is then not in the plan.
+    """
+    options, config = recipe.pretrain, trainer.model.config
+    assert options is not None
+    entry = measured(recipe, "pretrain", config, Profile.load(run.folder.parent, run.device))
+    if entry is not None:
+        return forecast(recipe, "pretrain", config, entry)
     size = options.micro_batch_size or options.batch_size
     seconds = 0.0
     for i in range(2):  # the first one warms up
@@ -162,8 +203,9 @@ def _plan(trainer: Trainer, corpus: Corpus, options: Pretrain, flops: float, pri
         seconds = time.perf_counter() - start
         trainer.optimizer.clear()
     tokens = options.steps * options.batch_size * options.sequence_length
-    total = seconds * options.steps * options.batch_size / size
-    return Plan(tokens=tokens, flops=tokens * flops, seconds=total, money=total / 3600 * price)
+    total = spent + seconds * options.steps * options.batch_size / size
+    memory = device.peak_memory(trainer.device) + trainer.optimizer.bytes_to_come()
+    return Plan(tokens=tokens, flops=tokens * flops, seconds=total, money=total / 3600 * recipe.price_per_hour, memory=memory)
 
 
 def show_plan(meter: Meter, model: Transformer, plan: Plan, peak: float, first: int, found: Path | None) -> None:
@@ -177,42 +219,3 @@ def show_plan(meter: Meter, model: Transformer, plan: Plan, peak: float, first: 
     )
     if found:
         meter.console.print(f"continuing from {found.name}", highlight=False)
-
-
-class StepLog:
-    """Rows of metrics, and the progress line, from steps."""
-
-    def __init__(self, run: Run, spending: Spending, meter: Meter, flops: float) -> None:
-        self.run, self.spending, self.meter, self.flops = run, spending, meter, flops
-        self.tokens, self.since = 0, time.perf_counter()
-        self.loads: dict[int, torch.Tensor] = {}
-
-    def add(self, step: int, metrics: Metrics, norm: float, lr: float, *, force: bool) -> None:
-        self.tokens += metrics.tokens
-        for layer, loads_E in metrics.loads.items():
-            self.loads[layer] = self.loads[layer] + loads_E if layer in self.loads else loads_E
-        total = step * metrics.tokens
-        receipt = self.spending.update(tokens=total, flops=total * self.flops)
-        rate = self.tokens / (time.perf_counter() - self.since)
-        self.meter.update(step, f"loss {metrics.loss:.3f}  {rate:,.0f} tok/s  ${receipt.money:.4f}")
-        if not force:
-            return
-        row: dict[str, Any] = {
-            "tokens": total,
-            "loss": metrics.loss,
-            "lr": lr,
-            "grad_norm": norm,
-            "tokens_per_second": rate,
-            "seconds": receipt.seconds,
-            "money": receipt.money,
-        }
-        if metrics.mtp_loss is not None:
-            row["mtp_loss"] = metrics.mtp_loss
-        if metrics.balance_loss is not None:
-            row["balance_loss"] = metrics.balance_loss
-        if self.loads:
-            row["max_violation"] = max(float(max_violation(loads_E)) for loads_E in self.loads.values())
-            shares = [(loads_E / loads_E.sum()).tolist() for _, loads_E in sorted(self.loads.items())]
-            self.run.log("pretrain", step, loads=[[round(x, 5) for x in share] for share in shares])
-        self.run.log("pretrain", step, **row)
-        self.tokens, self.since, self.loads = 0, time.perf_counter(), {}

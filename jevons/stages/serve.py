@@ -2,7 +2,8 @@
 
 Loads the model, packs its weights where the native kernels are there, starts the engine's thread and one uvicorn process.
 SIGINT and SIGTERM stop taking requests, let those under way finish for a while, write their rows, and leave with 0; a
-second one leaves at once. On other addresses than this machine's own it refuses to start without keys.
+second one leaves at once. How long it was up is a row of the ledger (server/uptime.py). On other addresses than this machine's own
+it refuses to start without keys.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import logging
 import signal
 import sys
 import time
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,8 +27,9 @@ from rich.console import Console
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from jevons.cost.ledger import Ledger
 from jevons.cost.price import Prices
-from jevons.cost.receipt import format_count
+from jevons.cost.receipt import Receipt, format_count
 from jevons.cost.usage import UsageStore
 from jevons.data.tokenizer import Tokenizer
 from jevons.engine.engine import Engine
@@ -42,10 +45,12 @@ from jevons.server.limit import Limits
 from jevons.server.loop import EngineLoop
 from jevons.server.meter import Meter
 from jevons.server.service import Service
+from jevons.server.uptime import Uptime
 from jevons.train import device
 
 Weights = Literal["auto", "plain", "bf16", "int8", "int4"]
 WEIGHTS = ("auto", "plain", "bf16", "int8", "int4")
+DTYPES = ("auto", "bfloat16", "float32")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +62,7 @@ class Options:
     host: str = "127.0.0.1"
     port: int = 8000
     weights: str = "auto"
-    dtype: str = "bfloat16"
+    dtype: str = "auto"
     cache_gb: float = 1.0
     max_sequences: int = 64
     max_batch_tokens: int = 512
@@ -78,8 +83,8 @@ class Options:
     def __post_init__(self) -> None:
         if self.weights not in WEIGHTS:
             raise ValueError(f"--weights: must be one of {', '.join(WEIGHTS)}, is {self.weights!r}")
-        if self.dtype not in ("bfloat16", "float32"):
-            raise ValueError(f"--dtype: must be bfloat16 or float32, is {self.dtype!r}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"--dtype: must be auto, bfloat16 or float32, is {self.dtype!r}")
         if self.draft not in ("auto", "none", "mtp", "ngram"):
             raise ValueError(f"--draft: must be auto, none, mtp or ngram, is {self.draft!r}")
         if not 0 <= self.port < 65536:
@@ -113,11 +118,16 @@ def serve(options: Options) -> None:
     folder = newest_model(Path(options.model).expanduser())
     folder = folder if folder.is_dir() else resolve(options.model)
     tokenizer = Tokenizer.load(folder)
-    engine = load_engine(folder, tokenizer, options, console)
-    meter = Meter(store, prices, keys)
+    began = time.time(), time.perf_counter()  # the device is taken from here on
+    engine, where = load_engine(folder, tokenizer, options, console), device.choose("auto")
     name = options.name or folder.resolve().name
     if options.name is None and (folder.parent.parent / "recipe.toml").exists():
         name = folder.parent.parent.name  # runs/quickstart/pretrain/model is called quickstart
+    receipt = Receipt(run_id=uuid.uuid4().hex, run=name, stage="serve", device=device.describe(where))
+    receipt.price_per_hour = prices.price_per_hour
+    receipt.started, receipt.seconds = began[0], time.perf_counter() - began[1]
+    uptime = Uptime(Ledger(options.ledger), receipt, memory=lambda: device.peak_memory(where))
+    meter = Meter(store, prices, keys, session=receipt.run_id)
     service = Service(EngineLoop(engine), tokenizer, meter, model_id=name, limits=options.limits)
     app = build(service, keys, page=options.page, cors=options.cors, drain=options.drain)
     if local and not keys.any():  # or any page on the web could have its own name resolve to this server, and ask it
@@ -144,7 +154,10 @@ def serve(options: Options) -> None:
         f"{'keys needed' if keys.any() else 'no key needed'}; Ctrl-C stops"
     )
     sys.setswitchinterval(0.001)  # a reply's text must not wait 5 ms for the engine's Python, nor the engine for a reply's
-    asyncio.run(server.serve())
+    try:
+        asyncio.run(server.serve())
+    finally:
+        uptime.close()
 
 
 def load_engine(folder: Path, tokenizer: Tokenizer, options: Options, console: Console) -> Engine:
@@ -154,10 +167,12 @@ def load_engine(folder: Path, tokenizer: Tokenizer, options: Options, console: C
         raise ValueError(f"{folder}: the tokenizer has {tokenizer.size} tokens, the model's embedding only {config.vocab_size}")
     where = device.choose("auto")
     start = time.perf_counter()
-    model = load_model(folder, dtype=getattr(torch, options.dtype), device=where, mtp=options.draft in ("auto", "mtp"))
+    choose = device.best_dtype if options.weights == "plain" else device.sampling_dtype
+    dtype = choose(where) if options.dtype == "auto" else options.dtype
+    model = load_model(folder, dtype=getattr(torch, dtype), device=where, mtp=options.draft in ("auto", "mtp"))
     if options.draft == "mtp" and not model.config.num_nextn_predict_layers:
         raise ValueError(f"--draft mtp: {folder} has no multi-token-prediction module; use ngram or none")
-    weights, note = _weights(options, where)
+    weights, note = _weights(options.weights, dtype, where)
     parameters = sum(p.numel() for p in model.parameters())
     size = sum(p.nbytes for p in model.parameters())
     if weights != "plain":
@@ -168,7 +183,7 @@ def load_engine(folder: Path, tokenizer: Tokenizer, options: Options, console: C
         cache_bytes=round(options.cache_gb * 2**30),
         max_batch_tokens=max(options.max_batch_tokens, options.max_sequences),
         max_sequences=options.max_sequences,
-        stop_ids={*model.config.eos_token_ids, *([tokenizer.eos_id] if tokenizer.eos_id is not None else [])},
+        stop_ids=tokenizer.ends(model.config.eos_token_ids),
         draft=_draft(options.draft, model.config),
         draft_tokens=1 if _draft(options.draft, model.config) == "mtp" else options.draft_tokens,
         draft_rows=options.draft_rows,
@@ -182,15 +197,15 @@ def load_engine(folder: Path, tokenizer: Tokenizer, options: Options, console: C
     return engine
 
 
-def _weights(options: Options, where: torch.device) -> tuple[str, str]:
+def _weights(weights: str, dtype: str, where: torch.device) -> tuple[str, str]:
     """The format that is used, and why it is not a packed one."""
-    if options.weights == "plain" or (options.weights == "auto" and (where.type != "cpu" or options.dtype != "bfloat16")):
+    if weights == "plain" or (weights == "auto" and (where.type != "cpu" or dtype != "bfloat16")):
         return "plain", ""
-    if options.weights == "auto":
+    if weights == "auto":
         return ("bf16", "") if native.available() else ("plain", f" ({native.reason()})")
-    if options.dtype != "bfloat16":
-        raise ValueError(f"--weights {options.weights}: needs --dtype bfloat16")
-    return options.weights, ""
+    if dtype != "bfloat16":
+        raise ValueError(f"--weights {weights}: needs --dtype bfloat16")
+    return weights, ""
 
 
 def _draft(wanted: str, config: ModelConfig) -> Literal["mtp", "ngram"] | None:

@@ -24,18 +24,23 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from jevons.data.chat import Message
-from jevons.tasks.task import Problem, Split, answer_text, draw
+from jevons.tasks.task import Problem, Split, Task, answer_text, draw
 
 MAX_DIGITS = 12
 NUMBER = re.compile(r"(?<![0-9.])-?[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?")
 
 
 @dataclass(frozen=True)
-class Arithmetic:
-    """Problems of up to `digits` digits an operand; a multiplication's second operand has one. Difficulty is the longer one's digits."""
+class Arithmetic(Task):
+    """Problems of up to `digits` digits an operand; a multiplication's second operand has one. Difficulty is the longer one's digits.
+
+    `unworked` is the share of problems whose solution to learn from is the answer alone. A model that saw both kinds answers in both
+    ways, and reinforcement learning finds out which of them pays.
+    """
 
     digits: int = 3
     operations: str = "+-*"
+    unworked: float = 0.0
 
     name: ClassVar[str] = "arithmetic"
 
@@ -44,6 +49,8 @@ class Arithmetic:
             raise ValueError(f"digits: must be between 1 and {MAX_DIGITS}, is {self.digits}")
         if not self.operations or set(self.operations) - set("+-*"):
             raise ValueError(f"operations: must be some of the characters +-*, is {self.operations!r}")
+        if not 0 <= self.unworked <= 1:
+            raise ValueError(f"unworked: must be a share, 0 to 1, is {self.unworked}")
 
     def problem(self, split: Split, index: int, seed: int) -> Problem:
         return draw(f"{self.name}/{self.digits}/{self.operations}", split, index, seed, self._make)
@@ -71,6 +78,8 @@ class Arithmetic:
         return rng.randrange(10 ** (length - 1) if length > 1 else 0, 10**length)
 
     def worked(self, problem: Problem) -> tuple[Message, ...]:
+        if random.Random(problem.prompt).random() < self.unworked:
+            return Message("user", problem.prompt), Message("assistant", problem.answer)
         a, b, operation = problem.data["a"], problem.data["b"], problem.data["operation"]
         width = max(self.digits, problem.difficulty)
         lines = _multiply(a, b, width) if operation == "*" else _add(a, b, width) if operation == "+" else _subtract(a, b, width)
@@ -78,8 +87,11 @@ class Arithmetic:
 
     def verify(self, problem: Problem, reply: str) -> float:
         """Grades the last number of the answer, which may have thousands separators but no leading zeros."""
+        return float(self.vote(problem, reply) == problem.answer)
+
+    def vote(self, problem: Problem, reply: str) -> str:
         numbers = NUMBER.findall(answer_text(reply))
-        return float(bool(numbers) and numbers[-1].replace(",", "") == problem.answer)
+        return numbers[-1].replace(",", "") if numbers else ""
 
 
 def _columns(number: int, width: int) -> list[int]:

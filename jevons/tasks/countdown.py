@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from jevons.data.chat import Message
-from jevons.tasks.task import Problem, Split, answer_text, draw
+from jevons.tasks.task import Problem, Split, Task, answer_text, draw
 
 MAX_NUMBERS = 8
 MAX_EXPRESSION = 256  # characters
@@ -30,7 +30,7 @@ TOKEN = re.compile(r"[0-9]+|[-+*/()]")
 
 
 @dataclass(frozen=True)
-class Countdown:
+class Countdown(Task):
     """Problems with `numbers` numbers from 1 to `largest` and a target from 1 to `largest_target`. Difficulty is `numbers`."""
 
     numbers: int = 3
@@ -73,14 +73,17 @@ class Countdown:
 
     def verify(self, problem: Problem, reply: str) -> float:
         """Grades the last line of the answer: an expression, or an equation that ends in the target."""
-        text = answer_text(reply)
-        left, equals, right = text[text.rfind("\n") + 1 :].partition("=")
+        left, equals, right = self.vote(problem, reply).partition("=")
         if equals and right.strip() != str(problem.data["target"]):
             return 0.0
         evaluation = evaluate(left)
         if evaluation is None:
             return 0.0
         return float(evaluation.value == problem.data["target"] and sorted(evaluation.numbers) == sorted(problem.data["numbers"]))
+
+    def vote(self, problem: Problem, reply: str) -> str:
+        text = answer_text(reply)
+        return text[text.rfind("\n") + 1 :]
 
 
 def _combine(numbers: list[int], rng: random.Random) -> tuple[int, str]:

@@ -2,8 +2,9 @@
 
     STAGE/checkpoints/step-000200/{config.json, model.safetensors, tokenizer.json, ..., trainer/{state.safetensors, progress.json}}
 
-Each is written aside, synced and renamed, so the newest folder that exists is complete whenever the process died. Only
-after that are older ones deleted. One that is being written is invisible.
+Of a model with adapters only those are written, in PEFT's format: the weights under them do not change. Each is written aside,
+synced and renamed, so the newest folder that exists is complete whenever the process died. Only after that are older ones
+deleted. One that is being written is invisible.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 from jevons.data.disk import new_folder
 from jevons.model.folder import write_folder
+from jevons.train.lora import adapters, save_adapter
 from jevons.train.trainer import Trainer
 
 
@@ -28,7 +30,10 @@ def save(root: Path, step: int, trainer: Trainer, progress: dict[str, Any], *, c
     """Write the checkpoint of `step` (steps done so far), then delete all but the newest `keep_last`."""
     path = root / f"step-{step:08d}"
     with new_folder(path) as aside:
-        write_folder(trainer.model, aside, companions=companions)
+        if adapters(trainer.model):
+            save_adapter(trainer.model, aside)
+        else:
+            write_folder(trainer.model, aside, companions=companions)
         trainer.save(aside / "trainer", {**progress, "step": step})
     for old in sorted(root.glob("step-*"))[:-keep_last]:
         shutil.rmtree(old)

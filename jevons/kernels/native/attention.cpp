@@ -12,6 +12,7 @@
 
 #include "pool.hpp"
 #include "product.hpp"
+#include "vector.hpp"
 
 namespace jevons {
 namespace {
@@ -31,43 +32,6 @@ struct Cache {
         return long(tables[sequence * table_stride + token / block_size]) * block_size + token % block_size;
     }
 };
-
-// in[i] are 16 vectors of 32-bit elements; afterwards in[j] holds element j of all
-static inline void transpose(__m512i* in) {
-    __m512i t[16], u[16];
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; i++) {
-        t[2 * i] = _mm512_unpacklo_epi32(in[2 * i], in[2 * i + 1]);
-        t[2 * i + 1] = _mm512_unpackhi_epi32(in[2 * i], in[2 * i + 1]);
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) {
-        u[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
-        u[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
-        u[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
-        u[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) {
-        t[i] = _mm512_shuffle_i32x4(u[i], u[4 + i], 0x88);
-        t[4 + i] = _mm512_shuffle_i32x4(u[i], u[4 + i], 0xdd);
-        t[8 + i] = _mm512_shuffle_i32x4(u[8 + i], u[12 + i], 0x88);
-        t[12 + i] = _mm512_shuffle_i32x4(u[8 + i], u[12 + i], 0xdd);
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) {
-        in[i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0x88);
-        in[8 + i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0xdd);
-        in[4 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0x88);
-        in[12 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0xdd);
-    }
-}
-
-template <bool PAIRS>
-static inline __m512 dot(__m512 sum, __m512i a, __m512i b) {
-    if (PAIRS) return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
-    return _mm512_fmadd_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), sum);
-}
 
 // Scores of up to 16 tokens for `count` heads: key[t] their keys (bytes), query[g * units + u], out[g * STRETCH + t].
 template <bool PAIRS>
@@ -224,10 +188,6 @@ void attend(const Cache& cache, const void* q, long q_stride, int sequences, int
     });
 }
 
-}  // namespace jevons
-
-using namespace jevons;
-
 extern "C" void jevons_paged_gqa(const void* q, long q_stride, const void* keys, const void* values, int dtype, long sequences, int heads,
                                  int kv_heads, int width, int value_width, const int32_t* tables, long table_stride, const int32_t* lengths,
                                  int block_size, float scale, void* out, int threads) {
@@ -267,3 +227,5 @@ extern "C" void jevons_paged_mla(const void* q, long q_stride, const void* memor
     attend(cache, absorbed, long(heads) * row, S, heads, scale, mixed, dtype, threads);
     product(*value, {mixed, dtype, latent, to.data(), nullptr, 0}, all, {out, dtype, value->N, to.data(), nullptr, 0, 0}, threads);
 }
+
+}  // namespace jevons

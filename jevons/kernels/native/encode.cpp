@@ -6,6 +6,7 @@
 
 #include "pool.hpp"
 #include "product.hpp"
+#include "vector.hpp"
 
 namespace jevons {
 namespace {
@@ -79,9 +80,6 @@ void encode(int format, const float (*w)[128], uint8_t* to) {
 }
 
 }  // namespace
-}  // namespace jevons
-
-using namespace jevons;
 
 // rows: the address of each packed row's K weights, or 0 for padding; 32 rows a tile. Returns 0 where a quantised weight is not finite.
 extern "C" int jevons_encode(int format, int dtype, const int64_t* rows, int tiles, int K, uint8_t* data, int threads) {
@@ -107,3 +105,5 @@ extern "C" int jevons_encode(int format, int dtype, const int64_t* rows, int til
     });
     return finite;
 }
+
+}  // namespace jevons

@@ -4,6 +4,7 @@
 
 #include "pool.hpp"
 #include "product.hpp"
+#include "vector.hpp"
 
 namespace jevons {
 namespace {
@@ -45,9 +46,6 @@ void linear(const Matrix& m, const Input& input, long rows, const Output& output
 }
 
 }  // namespace
-}  // namespace jevons
-
-using namespace jevons;
 
 extern "C" void jevons_rms_norm(const void* x, int dtype, long rows, long stride, int width, const float* norm, float eps, void* y, int threads) {
     each_row(rows, rows * width < 16384 ? 1 : threads, [&](long t) {
@@ -138,3 +136,5 @@ extern "C" void jevons_moe(const Matrix* gate_up, const Matrix* down, const void
         }
     });
 }
+
+}  // namespace jevons

@@ -12,32 +12,32 @@
 //   bf16   [K / 2] [2] [16 n] [2 k] bf16
 //   int8   [K / 128] { scale [32] bf16, [32 quads] [2] [16 n] [4 k] uint8, 128 is zero }
 //   int4   [K / 32]  { scale [32] bf16, least [32] bf16, [8 quads] [16 n] [4 k] uint8: low nibble n < 16, high nibble n + 16 }
-// Not done: AMX, and processors without AVX-512 (kernels/native.py declines there).
+// Weights can also stay where a model has them, row by row, so that what a trainer has just changed is sampled from without a copy: a tile
+// is 32 addresses, a row of x lies in one piece too, and an output is summed over 16 or 32 columns at a time and across at the end.
+// Not done: AMX.
 #include "product.hpp"
 
 #include <algorithm>
 #include <cmath>
 #include <utility>
 
+#include "loop.hpp"
 #include "pool.hpp"
 
 namespace jevons {
 namespace {
 
-constexpr int ROWS = 14;            // of a block at most: 28 accumulators of the 32 registers
 constexpr long CACHE = 384 * 1024;  // bytes of x that pass while a tile waits in the second-level cache
 constexpr int AHEAD = 6144;         // bytes asked for before they are needed, where one block is all there is; 2 to 12 KiB measured
-
-// rows of a block where one block is all (a weight crosses memory once), and where there are more (the fastest loops)
-constexpr int alone(int format) { return format == INT4 ? 8 : ROWS; }
-constexpr int several(int format) { return format == INT4 ? 7 : format == INT8 ? 8 : ROWS; }
 
 struct Block {
     int row, rows;
 };
 
-// Rows of x, ready for the loops: unit u of row r of a block at units[block.row * U + u * block.rows + r].
+// Rows of x, ready for the loops: unit u of row r of a block at units[block.row * U + u * block.rows + r]; for weights in place
+// at units[(block.row + r) * U + u].
 struct Rows {
+    long bytes;     // of a weight's row, in place
     uint32_t* units;
     float* scale;   // of each group of a row, same order; integer formats only
     float* offset;  // int4: scale times the sum of the group's values
@@ -45,119 +45,12 @@ struct Rows {
     long U, G;
 };
 
-static inline __m512 pair_of_scales(const uint8_t* p) { return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
-
-// What to ask for, into the second-level cache, while a tile is read, so that memory works while the arithmetic units do.
-struct Ahead {
-    const uint8_t* p;
-    long step;  // for 128 bytes read: 128, or 64 where two blocks share the asking, or 0
-
-    template <int BYTES>
-    void ask() {
-        _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1);
-        if (BYTES == 128) _mm_prefetch(reinterpret_cast<const char*>(p + step / 2), _MM_HINT_T1);
-        p += BYTES == 128 ? step : step / 2;
-    }
-};
-
-template <int FORMAT, int M>
-void multiply_float(const uint8_t* w, const uint32_t* x, long U, Ahead ahead, float* out) {
-    __m512 acc[M][2];
-#pragma GCC unroll 16
-    for (int r = 0; r < M; r++) acc[r][0] = acc[r][1] = _mm512_setzero_ps();
-    for (long u = 0; u < U; u++, w += 128, x += M) {
-        ahead.ask<128>();
-        __m512i w0 = _mm512_loadu_si512(w), w1 = _mm512_loadu_si512(w + 64);
-#pragma GCC unroll 16
-        for (int r = 0; r < M; r++) {
-            __m512i v = _mm512_set1_epi32(int(x[r]));
-            if (FORMAT == BFLOAT) {
-                acc[r][0] = _mm512_dpbf16_ps(acc[r][0], (__m512bh)w0, (__m512bh)v);
-                acc[r][1] = _mm512_dpbf16_ps(acc[r][1], (__m512bh)w1, (__m512bh)v);
-            } else {
-                acc[r][0] = _mm512_fmadd_ps(_mm512_castsi512_ps(w0), _mm512_castsi512_ps(v), acc[r][0]);
-                acc[r][1] = _mm512_fmadd_ps(_mm512_castsi512_ps(w1), _mm512_castsi512_ps(v), acc[r][1]);
-            }
-        }
-    }
-#pragma GCC unroll 16
-    for (int r = 0; r < M; r++) {
-        _mm512_storeu_ps(out + r * 32, acc[r][0]);
-        _mm512_storeu_ps(out + r * 32 + 16, acc[r][1]);
-    }
-}
-
-// the intrinsic in other words: with it GCC 12 keeps moving accumulators between registers and the stack
-static inline void add_quads(__m512i& sum, __m512i w, __m512i x) { asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x)); }
-
-template <int FORMAT, int M>
-void multiply_int(const uint8_t* w, const uint32_t* x, const float* scale, const float* offset, const int32_t* zero, long G, Ahead ahead,
-                  float* out) {
-    constexpr int QUADS = group_of(FORMAT) / 4, HEAD = FORMAT == INT4 ? 128 : 64;
-    const __m512i low = _mm512_set1_epi8(15);
-    constexpr bool KEPT = M <= 7;  // scaled sums find registers beside the integer sums; else they stay in `out`, first-level cache
-    __m512 sum[KEPT ? M : 1][2];
-#pragma GCC unroll 16
-    for (int r = 0; r < M; r++) {
-        if (KEPT) {
-            sum[r][0] = sum[r][1] = _mm512_setzero_ps();
-        } else {
-            _mm512_store_ps(out + r * 32, _mm512_setzero_ps());
-            _mm512_store_ps(out + r * 32 + 16, _mm512_setzero_ps());
-        }
-    }
-    for (long g = 0; g < G; g++, scale += M, offset += M, zero += M) {
-        const uint8_t* head = w;
-        w += HEAD;
-        __m512i acc[M][2];
-#pragma GCC unroll 16
-        for (int r = 0; r < M; r++) acc[r][0] = acc[r][1] = FORMAT == INT8 ? _mm512_set1_epi32(zero[r]) : _mm512_setzero_si512();
-#pragma GCC unroll 1
-        for (int q = 0; q < QUADS; q++, x += M) {
-            __m512i w0, w1;
-            ahead.ask<FORMAT == INT8 ? 128 : 64>();
-            if (FORMAT == INT8) {
-                w0 = _mm512_loadu_si512(w), w1 = _mm512_loadu_si512(w + 64);
-                w += 128;
-            } else {
-                __m512i both = _mm512_loadu_si512(w);
-                w0 = _mm512_and_si512(both, low), w1 = _mm512_and_si512(_mm512_srli_epi16(both, 4), low);
-                w += 64;
-            }
-#pragma GCC unroll 16
-            for (int r = 0; r < M; r++) {
-                __m512i v = _mm512_set1_epi32(int(x[r]));
-                add_quads(acc[r][0], w0, v);
-                add_quads(acc[r][1], w1, v);
-            }
-        }
-        __m512 s[2] = {pair_of_scales(head), pair_of_scales(head + 32)}, least[2];
-        if (FORMAT == INT4) least[0] = pair_of_scales(head + 64), least[1] = pair_of_scales(head + 96);
-#pragma GCC unroll 16
-        for (int r = 0; r < M; r++)
-#pragma GCC unroll 2
-            for (int i = 0; i < 2; i++) {
-                __m512 before = KEPT ? sum[KEPT ? r : 0][i] : _mm512_load_ps(out + r * 32 + i * 16);
-                __m512 after = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(acc[r][i]), s[i]), _mm512_set1_ps(scale[r]), before);
-                if (FORMAT == INT4) after = _mm512_fmadd_ps(least[i], _mm512_set1_ps(offset[r]), after);
-                if (KEPT)
-                    sum[KEPT ? r : 0][i] = after;
-                else
-                    _mm512_store_ps(out + r * 32 + i * 16, after);
-            }
-    }
-    if (KEPT)
-#pragma GCC unroll 16
-        for (int r = 0; r < M; r++) {
-            _mm512_store_ps(out + r * 32, sum[r][0]);
-            _mm512_store_ps(out + r * 32 + 16, sum[r][1]);
-        }
-}
-
 template <int FORMAT, int M>
 void multiply(const uint8_t* tile, const Rows& x, const Block& block, Ahead ahead, float* out) {
     const uint32_t* units = x.units + block.row * x.U;
-    if constexpr (FORMAT >= INT8) {
+    if constexpr (in_place(FORMAT)) {
+        multiply_rows<FORMAT == BFLOAT_ROWS, M>(reinterpret_cast<const char* const*>(tile), units, x.U, x.bytes, ahead.next, out);
+    } else if constexpr (is_integer(FORMAT)) {
         long at = block.row * x.G;
         multiply_int<FORMAT, M>(tile, units, x.scale + at, x.offset + at, x.zero + at, x.G, ahead, out);
     } else {
@@ -183,19 +76,22 @@ Multiply multiply_of(int format, int rows) {
         case F32: return multiply_of<F32>(rows);
         case BFLOAT: return multiply_of<BFLOAT>(rows);
         case INT8: return multiply_of<INT8>(rows);
+        case F32_ROWS: return multiply_of<F32_ROWS>(rows);
+        case BFLOAT_ROWS: return multiply_of<BFLOAT_ROWS>(rows);
         default: return multiply_of<INT4>(rows);
     }
 }
 
 // One row in fp32 (zeros up to a whole group) -> its place in a block.
 void place(const float* row, int format, const Rows& to, const Block& block, int r) {
-    uint32_t* units = to.units + block.row * to.U + r;
-    long step = block.rows;
-    if (format == F32) {
+    bool along = in_place(format);
+    uint32_t* units = to.units + block.row * to.U + (along ? r * to.U : r);
+    long step = along ? 1 : block.rows;
+    if (per_unit_of_x(format) == 1) {
         for (long u = 0; u < to.U; u++) units[u * step] = reinterpret_cast<const uint32_t*>(row)[u];
         return;
     }
-    if (format == BFLOAT) {
+    if (per_unit_of_x(format) == 2) {
         for (long u = 0; u < to.U; u += 16) {
             long left = to.U - u;
             __m512i pairs = (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(row + 2 * u + 16), _mm512_loadu_ps(row + 2 * u));
@@ -267,9 +163,10 @@ void product(const Matrix& m, const Input& input, const Segments& segments, cons
     static thread_local std::vector<Segment> units;  // which, and a range of blocks
     static thread_local std::vector<int> block_of;
 
-    long group = group_of(m.format), G = (m.K + group - 1) / group, U = G * group / per_unit(m.format);
+    long group = group_of(m.format), G = (m.K + group - 1) / group, U = G * group / per_unit_of_x(m.format);
     int tiles = m.swiglu ? (m.N + 15) / 16 : (m.N + 31) / 32, rows = segments.rows;
-    long tile_bytes = G * group_bytes(m.format);
+    long row_bytes = m.K * 4l / per_unit(m.format), read = in_place(m.format) ? 32 * row_bytes : G * group_bytes(m.format);
+    long tile_bytes = in_place(m.format) ? 32 * sizeof(void*) : read;
 
     blocks.clear(), units.clear(), block_of.clear();
     long together = std::max(1L, CACHE / (U * 4 * several(m.format)));  // blocks whose rows fit the cache beside a tile
@@ -289,9 +186,9 @@ void product(const Matrix& m, const Input& input, const Segments& segments, cons
     if (units.empty()) return;
 
     Rows x;
-    x.U = U, x.G = G;
+    x.U = U, x.G = G, x.bytes = row_bytes;
     x.units = units_memory.get<uint32_t>(size_t(rows) * U + 64);
-    size_t sides = m.format >= INT8 ? size_t(rows) * G : 0;
+    size_t sides = is_integer(m.format) ? size_t(rows) * G : 0;
     x.scale = side_memory.get<float>(3 * sides + 64), x.offset = x.scale + sides, x.zero = reinterpret_cast<int32_t*>(x.offset + sides);
 
     const Block* block_data = blocks.data();
@@ -316,7 +213,7 @@ void product(const Matrix& m, const Input& input, const Segments& segments, cons
 
     // about 8 chunks a thread, of neighbouring tiles
     int wanted = std::max(1, (8 * threads + int(units.size()) - 1) / int(units.size()));
-    int per_chunk = std::max((tiles + wanted - 1) / wanted, int((32768 + tile_bytes - 1) / tile_bytes));
+    int per_chunk = std::max((tiles + wanted - 1) / wanted, int((32768 + read - 1) / read));
     int chunks = (tiles + per_chunk - 1) / per_chunk, total = chunks * int(units.size());
     Pool::instance().run(threads, total, [&](int index) {
         const Segment& unit = unit_data[index / chunks];
@@ -327,18 +224,19 @@ void product(const Matrix& m, const Input& input, const Segments& segments, cons
             for (int b = unit.begin; b < unit.end; b++) {
                 const Block& block = block_data[b];
                 const uint8_t* here = data + tile * tile_bytes;
-                // one block: shortly ahead; more: the first two ask for the next tile
-                Ahead ahead{here + AHEAD, 128};
-                if (unit.end - unit.begin > 1) ahead = {here + tile_bytes + (b - unit.begin) * tile_bytes / 2, b - unit.begin < 2 ? 64 : 0};
+                // one block: shortly ahead; more: the first ones ask for the next tile
+                int number = b - unit.begin, count = unit.end - unit.begin;
+                auto record = reinterpret_cast<const char* const*>(here);
+                Ahead ahead{here + AHEAD, 128, {record + 4, 0, 4}};
+                if (count > 1) {
+                    ahead = {here + tile_bytes + number * tile_bytes / 2, number < 2 ? 64 : 0};
+                    ahead.next = {record + 32, number * 4 / count, (number + 1) * 4 / count};
+                }
                 multiply_of(m.format, block.rows)(here, x, block, ahead, values);
                 finish(m, tile, block, values, m.bias ? m.bias + (size_t(unit.which) * tiles + tile) * 32 : nullptr, output);
             }
     });
 }
-
-}  // namespace jevons
-
-using namespace jevons;
 
 extern "C" void jevons_linear(const Matrix* m, const void* x, int dtype, long rows, long stride, const float* norm, float eps, void* y,
                               int y_dtype, long y_stride, const void* residual, long residual_stride, int threads) {
@@ -346,3 +244,5 @@ extern "C" void jevons_linear(const Matrix* m, const void* x, int dtype, long ro
     product(*m, {x, dtype, stride, nullptr, norm, eps}, {&all, 1, int(rows)}, {y, y_dtype, y_stride, nullptr, residual, dtype, residual_stride},
             threads);
 }
+
+}  // namespace jevons

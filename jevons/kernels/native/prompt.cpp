@@ -11,12 +11,12 @@
 #include <limits>
 
 #include "pool.hpp"
-#include "product.hpp"
+#include "tile.hpp"
 
 namespace jevons {
 namespace {
 
-constexpr int KEYS = 64, ROWS = 6, TASK = 24;
+constexpr int KEYS = 64, ROWS = TILE, TASK = 24;
 
 struct Rows {
     const bf16 *keys, *values;
@@ -51,21 +51,6 @@ void lay_out(const Rows& rows, long start, long context, int head, int width, in
             if (there[0]) low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, pair[0] + v));
             if (there[1]) high = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, pair[1] + v)), 16);
             _mm512_storeu_si512(values + long(p) * padded + v, _mm512_or_si512(low, high));
-        }
-    }
-}
-
-// sum[r][c] += left row r times the tile: `depth` pairs, 64 columns wide at `stride` between pairs
-static inline void multiply(__m512 (*sum)[4], const uint32_t* const* left, const uint32_t* right, long stride, int depth) {
-    for (int k = 0; k < depth; k++) {
-        __m512bh column[4];
-#pragma GCC unroll 4
-        for (int c = 0; c < 4; c++) column[c] = (__m512bh)_mm512_loadu_si512(right + k * stride + 16 * c);
-#pragma GCC unroll 6
-        for (int r = 0; r < ROWS; r++) {
-            __m512bh x = (__m512bh)_mm512_set1_epi32(int(left[r][k]));
-#pragma GCC unroll 4
-            for (int c = 0; c < 4; c++) sum[r][c] = _mm512_dpbf16_ps(sum[r][c], x, column[c]);
         }
     }
 }
@@ -109,7 +94,7 @@ extern "C" void jevons_causal(const bf16* q, long q_stride, const bf16* keys, lo
                 }
                 __m512 sum[ROWS][4];
                 for (auto& s : sum) s[0] = s[1] = s[2] = s[3] = _mm512_setzero_ps();
-                multiply(sum, left, head_keys + key_size * block, KEYS, pairs);
+                multiply<true>(sum, left, 1, head_keys + key_size * block, KEYS, pairs);
                 float shrink[ROWS];
                 for (int r = 0; r < ROWS; r++) {
                     int sees = past + first + std::min(row + r, count - 1) + 1 - start;  // keys of this block
@@ -141,7 +126,7 @@ extern "C" void jevons_causal(const bf16* q, long q_stride, const bf16* keys, lo
                         const float* from = sums + size_t(row + std::min(r, count - 1 - row)) * padded + v;
                         for (int c = 0; c < 4; c++) sum[r][c] = _mm512_mul_ps(_mm512_loadu_ps(from + 16 * c), _mm512_set1_ps(shrink[r]));
                     }
-                    multiply(sum, left, head_values + value_size * block + v, padded, depth);
+                    multiply<true>(sum, left, 1, head_values + value_size * block + v, padded, depth);
                     for (int r = 0; r < ROWS && row + r < count; r++)
                         for (int c = 0; c < 4; c++) _mm512_storeu_ps(sums + size_t(row + r) * padded + v + 16 * c, sum[r][c]);
                 }

@@ -1,16 +1,14 @@
-// AVX-512 over arrays of fp32 or bf16 (kept as uint16_t), always computing in fp32.
+// Vectors of 16 over arrays of fp32 or bf16 (kept as uint16_t), always computing in fp32: AVX-512, or two halves in avx2.hpp's words.
 #pragma once
 #include <immintrin.h>
 #include <sys/mman.h>
 
-#include <cstddef>
-#include <cstdint>
-#include <cstdlib>
+#include "type.hpp"
+#ifndef __AVX512F__
+#include "avx2.hpp"
+#endif
 
 namespace jevons {
-
-using bf16 = uint16_t;
-enum DType { FLOAT = 0, BF16 = 1 };
 
 static inline __mmask16 mask_of(long left) { return left >= 16 ? 0xffff : left <= 0 ? 0 : __mmask16((1u << left) - 1); }
 
@@ -27,8 +25,56 @@ static inline __m512 load(const void* p, int dtype, long i, __mmask16 m) {
 static inline void store(void* p, int dtype, long i, __mmask16 m, __m512 x) {
     dtype == BF16 ? store(static_cast<bf16*>(p) + i, m, x) : store(static_cast<float*>(p) + i, m, x);
 }
-static inline const void* at(const void* p, int dtype, long i) { return static_cast<const char*>(p) + i * (dtype == BF16 ? 2 : 4); }
-static inline void* at(void* p, int dtype, long i) { return static_cast<char*>(p) + i * (dtype == BF16 ? 2 : 4); }
+
+// instead of a mask, where all 16 elements are there: a store under a mask takes several times a plain one
+struct All {};
+static inline __m512 load(const float* p, All) { return _mm512_loadu_ps(p); }
+static inline __m512 load(const bf16* p, All) { return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+static inline void store(float* p, All, __m512 x) { _mm512_storeu_ps(p, x); }
+static inline void store(bf16* p, All, __m512 x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(x)); }
+static inline __m512 load(const void* p, int dtype, long i, All all) {
+    return dtype == BF16 ? load(static_cast<const bf16*>(p) + i, all) : load(static_cast<const float*>(p) + i, all);
+}
+
+#ifdef __AVX512F__
+// in[i] are 16 vectors of 32-bit elements; afterwards in[j] holds element j of all
+static inline void transpose(__m512i* in) {
+    __m512i t[16], u[16];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++) {
+        t[2 * i] = _mm512_unpacklo_epi32(in[2 * i], in[2 * i + 1]);
+        t[2 * i + 1] = _mm512_unpackhi_epi32(in[2 * i], in[2 * i + 1]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        u[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+        u[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+        u[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+        u[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        t[i] = _mm512_shuffle_i32x4(u[i], u[4 + i], 0x88);
+        t[4 + i] = _mm512_shuffle_i32x4(u[i], u[4 + i], 0xdd);
+        t[8 + i] = _mm512_shuffle_i32x4(u[8 + i], u[12 + i], 0x88);
+        t[12 + i] = _mm512_shuffle_i32x4(u[8 + i], u[12 + i], 0xdd);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        in[i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0x88);
+        in[8 + i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0xdd);
+        in[4 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0x88);
+        in[12 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0xdd);
+    }
+}
+#endif
+
+// sum += a * b, lane by lane, of fp32 or of pairs of bf16
+template <bool PAIRS>
+static inline __m512 dot(__m512 sum, __m512i a, __m512i b) {
+    if (PAIRS) return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+    return _mm512_fmadd_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), sum);
+}
 
 // e^x to 2 units in the last place: 2^round(x log2 e) times a polynomial on [-ln2/2, ln2/2]; 0 below -87.3, inf above 88.7
 static inline __m512 exp(__m512 x) {
@@ -52,25 +98,5 @@ static inline __m512 silu(__m512 x) {
     __m512 one = _mm512_set1_ps(1.0f);
     return _mm512_div_ps(x, _mm512_add_ps(one, exp(_mm512_sub_ps(_mm512_setzero_ps(), x))));
 }
-
-// Memory that a thread keeps between calls, for intermediate results.
-class Scratch {
-public:
-    ~Scratch() { std::free(data_); }
-    template <class T>
-    T* get(size_t n) {
-        size_t bytes = (n * sizeof(T) + 64 + 4095) / 4096 * 4096;
-        if (bytes > size_) {
-            std::free(data_);
-            data_ = std::aligned_alloc(4096, bytes);
-            size_ = data_ ? bytes : 0;
-        }
-        return static_cast<T*>(data_);
-    }
-
-private:
-    void* data_ = nullptr;
-    size_t size_ = 0;
-};
 
 }  // namespace jevons

@@ -1,0 +1,209 @@
+"""Rollouts: problems in, groups of sampled and graded answers out.
+
+The engine samples with the trainer's own module, so there are no weights to send and no second implementation to disagree with. Every
+answer has a seed of its own, made of the run's seed and of where in the run it stands; so what a step samples depends on the weights and
+nothing else, and a resumed run samples what the killed one did.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from typing import Any
+
+from jevons.data.chat import THINK, Message
+from jevons.data.tokenizer import Tokenizer
+from jevons.data.trajectory import Trajectory
+from jevons.engine.engine import Engine
+from jevons.engine.sequence import Sample, SamplingParams
+from jevons.server.parser import opens_thinking
+from jevons.stages.dialogue import arguments, bridge, prompt_ids, read_reply, template_of
+from jevons.tasks.grade import Grader
+from jevons.tasks.reward import Answer, Rewards
+from jevons.tasks.task import Problem, Task
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A problem, whose task it is, and what names it: the task's place in the recipe and the problem's index in it."""
+
+    task: Task
+    problem: Problem
+    key: tuple[int, int]
+
+
+@dataclass(eq=False)
+class Group:
+    """The answers to one problem. `parts` are the reward's, already weighted; `scores` what the verifier said."""
+
+    asked: Asked
+    trajectories: list[Trajectory]
+    texts: list[str]  # the last turn of each
+    scores: list[float] = field(default_factory=list)
+    parts: list[dict[str, float]] = field(default_factory=list)
+
+    @property
+    def rewards(self) -> list[float]:
+        return [sum(parts.values()) for parts in self.parts]
+
+
+@dataclass
+class Talk:
+    """One answer while it is sampled."""
+
+    asked: Asked
+    messages: list[Message]
+    trajectory: Trajectory
+    opening: str  # "<think>" and what follows it, where the prompt ended inside it
+    params: SamplingParams
+    turns: int = 0
+    last: list[int] = field(default_factory=list)  # the last turn's tokens
+
+
+def seed_of(*place: Any) -> int:
+    """64 bits from where something stands."""
+    return int.from_bytes(blake2b(repr(place).encode(), digest_size=8).digest()) >> 1
+
+
+class Sampler:
+    """Samples groups with one engine. `params` are those of a whole answer; its tokens are shared by up to `turns` turns."""
+
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, params: SamplingParams, turns: int) -> None:
+        self.engine, self.tokenizer, self.params, self.turns = engine, tokenizer, params, turns
+
+    def sample(self, asked: Sequence[Asked], size: int, place: tuple[Any, ...], progress: Callable[[int], None]) -> list[Group]:
+        """`size` answers to each problem. `place` names this call within the run; `progress` is told the tokens drawn so far."""
+        groups: dict[tuple[int, int], Group] = {}
+        for finished, drawn in self.stream(asked, size, place):
+            groups |= {group.asked.key: group for group in finished}
+            progress(drawn)
+        return [groups[a.key] for a in asked]
+
+    def stream(self, asked: Sequence[Asked], size: int, place: tuple[Any, ...]) -> Iterator[tuple[list[Group], int]]:
+        """The same as it comes: after each step of the engine the groups that it finished, and the tokens drawn so far.
+
+        What is not finished when the caller stops listening is dropped.
+        """
+        rows = [(Group(a, [], []), self._talks(a, size, place)) for a in asked]
+        under_way: dict[int, tuple[int, int]] = {}
+        left = [size] * len(rows)
+        drawn = 0
+        try:
+            for row, (_, talks) in enumerate(rows):
+                for i, talk in enumerate(talks):
+                    under_way[self.engine.submit(talk.trajectory.prompt, talk.params)] = row, i
+            while under_way:
+                finished = []
+                for event in self.engine.step():
+                    drawn += 1
+                    if event.sample is None:
+                        continue
+                    row, i = under_way.pop(event.id)
+                    group, talks = rows[row]
+                    if self._take(talks[i], event.sample, (*place, group.asked.key, i)):
+                        t = talks[i].trajectory
+                        under_way[self.engine.submit([*t.prompt, *t.tokens], talks[i].params)] = row, i
+                        continue
+                    left[row] -= 1
+                    if not left[row]:
+                        group.trajectories = [talk.trajectory for talk in talks]
+                        group.texts = [self._text(talk) for talk in talks]
+                        finished.append(group)
+                yield finished, drawn
+        finally:
+            self.engine.abort_all()
+
+    def _talks(self, asked: Asked, size: int, place: tuple[Any, ...]) -> list[Talk]:
+        prompt = prompt_ids(self.tokenizer, asked.task.messages(asked.problem), self._tools(asked.task))
+        opening = self._opening(prompt)
+        talks = []
+        for i in range(size):
+            params = self._params(self.params.max_tokens, (*place, asked.key, i, 0))
+            trajectory = Trajectory(prompt, [], [], [], [], finished=False, version=self.engine.version)
+            talks.append(Talk(asked, list(asked.task.messages(asked.problem)), trajectory, opening, params))
+        return talks
+
+    def _text(self, talk: Talk) -> str:
+        return talk.opening + self.tokenizer.decode(talk.last, skip_special=True)
+
+    def _tools(self, task: Task) -> list[dict[str, Any]]:
+        return task.tools() if self.turns > 1 else []
+
+    def _params(self, max_tokens: int, place: tuple[Any, ...]) -> SamplingParams:
+        p = self.params
+        return SamplingParams(
+            max_tokens=max_tokens,
+            temperature=p.temperature,
+            top_p=p.top_p,
+            top_k=p.top_k,
+            seed=seed_of(*place),
+            record_routes=p.record_routes,
+            record_support=p.record_support,
+        )
+
+    def _opening(self, prompt: Sequence[int]) -> str:
+        if not opens_thinking(self.tokenizer, prompt):
+            return ""
+        text = self.tokenizer.decode(prompt[-16:])
+        return text[text.rindex(THINK) :]
+
+    def _take(self, talk: Talk, sample: Sample, place: tuple[Any, ...]) -> bool:
+        """Add a turn to its trajectory, and tools' answers where it called any; whether another turn follows."""
+        t = talk.trajectory
+        t.tokens += sample.tokens
+        t.own += [True] * len(sample.tokens)
+        t.logps += sample.logps
+        t.raw_logps += sample.raw_logps
+        t.finished = sample.stop_reason == "stop"
+        t.routes, t.picks = sample.routes, sample.picks  # of everything before the last token, earlier turns included
+        if self.params.record_support:
+            t.supports = [*(t.supports or []), *(sample.supports or [])]
+        talk.last, talk.turns = sample.tokens, talk.turns + 1
+        tools = self._tools(talk.asked.task)
+        if not tools or not t.finished or talk.turns == self.turns:
+            return False
+        reply = read_reply(self.tokenizer, sample.tokens, opened=bool(talk.opening), tools=tools)
+        if not reply.tool_calls:
+            return False
+        results = [self._call(talk, call) for call in reply.tool_calls]
+        text = bridge(template_of(self.tokenizer), talk.messages, reply, results, tools)
+        between = self.tokenizer.encode(text)
+        left = self.params.max_tokens - len(t.tokens) - len(between)
+        if left < 1 or len(t.prompt) + len(t.tokens) + len(between) >= self.engine.max_length:
+            t.finished = False  # no room to answer
+            return False
+        t.tokens += between
+        t.own += [False] * len(between)
+        t.logps += [0.0] * len(between)
+        t.raw_logps += [0.0] * len(between)
+        if t.supports is not None:
+            t.supports += [None] * len(between)
+        talk.messages += [reply, *results]
+        talk.opening = self._opening(between)
+        talk.params = self._params(left, (*place, talk.turns))
+        return True
+
+    def _call(self, talk: Talk, call: dict[str, Any]) -> Message:
+        name, given = call["function"]["name"], arguments(call)
+        if given is None:
+            result = "error: the arguments are not a JSON object"
+        else:
+            result = talk.asked.task.call(talk.asked.problem, name, given)
+        return Message("tool", result, tool_call_id=call["id"], name=name)
+
+
+def grade_groups(groups: Sequence[Group], graders: dict[int, Grader], rewards: Rewards, step: int) -> None:
+    """Fill in scores, and rewards as they are at this step; graders by the task's place in the recipe."""
+    for place, grader in graders.items():
+        mine = [g for g in groups if g.asked.key[0] == place]
+        grades = grader.grade([(g.asked.problem, text) for g in mine for text in g.texts])
+        for g in mine:
+            own, grades = grades[: len(g.texts)], grades[len(g.texts) :]
+            g.scores = [grade.score for grade in own]
+    for g in groups:
+        answers = [
+            Answer(g.asked.problem, text, t.drawn, t.finished, score) for text, t, score in zip(g.texts, g.trajectories, g.scores)
+        ]
+        g.parts = rewards.rewards(answers, step)
+

@@ -1,0 +1,282 @@
+"""What was measured comes back as plans: profiles kept, matched and refused; plans that are simple sums; a stage measured and then run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from rich.console import Console
+
+from jevons.cost import profile as profiles
+from jevons.cost.arithmetic import train_flops
+from jevons.cost.deployment import Deployment
+from jevons.cost.ledger import Ledger
+from jevons.cost.profile import Entry, Profile, signature
+from jevons.kernels import processor
+from jevons.recipe import Recipe, parse
+from jevons.stages import calibrate, forecast, pace, probe
+from jevons.stages.plan import Options, make_plan
+from jevons.stages.traffic import Traffic, serve_arguments
+from jevons.train import device
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+MODEL = {
+    "vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "model_type": "qwen2", "max_position_embeddings": 64,
+}  # fmt: skip
+SUMS = [{"task": "arithmetic", "options": {"digits": 1, "operations": "+", "unworked": 1.0}}]
+VALUES = {
+    "name": "tiny", "device": "cpu", "dtype": "float32", "price_per_hour": 3600.0, "model": MODEL,
+    "prepare": {"documents": 200, "tasks": SUMS, "processes": 1},
+    "pretrain": {"steps": 25, "sequence_length": 64, "batch_size": 4, "lr": 1e-3, "evaluate_every": 10, "sample_every": 5, "save_every": 7},
+    "sft": {"tasks": SUMS, "documents": 100, "sequence_length": 48, "batch_size": 8, "epochs": 2.0, "save_every": 10},
+    "rl": {"tasks": SUMS, "steps": 12, "problems": 2, "group": 4, "max_tokens": 8, "evaluate_every": 4, "evaluate_problems": 4},
+    "evaluate": {"problems": 6, "max_tokens": 8, "concurrency": 4, "windows": 8},
+}  # fmt: skip
+PARTS = {"start": 1e3, "step": 1.0, "validation": 1e5, "sample": 1e7, "checkpoint": 1e9, "finish": 1e11, "memory": 7e8}
+
+
+def recipe(**sections) -> Recipe:
+    """VALUES with changes to sections, or without one: None."""
+    values = {**VALUES, **{k: v if v is None else {**VALUES.get(k, {}), **v} for k, v in sections.items()}}
+    return parse({k: v for k, v in values.items() if v is not None}, "tiny")
+
+
+def entry(made: Recipe, stage: str, rates: dict[str, float]) -> Entry:
+    return Entry(forecast.KIND[stage], signature(made.config()), forecast.shape(made, stage), rates, "2026-11-27 12:00:00")
+
+
+def profile(*entries: Entry, **changes) -> Profile:
+    values = {"device": "CPU", "processor": processor.name(), "torch": profiles.torch_version(), "measured": "2026-11-27 12:00:00"}
+    return Profile(**{**values, "peak_flops": {"float32": 1e11}, "bandwidth": 1e10, "base_memory": 10**8, "entries": entries, **changes})
+
+
+def test_a_profile_comes_back(tmp_path):
+    assert Profile.load(tmp_path) is None
+    here = profile(entry(recipe(), "pretrain", PARTS))
+    profile(device="GPU", measured="2026-11-26 12:00:00").save(tmp_path)
+    here.save(tmp_path)
+    assert Profile.load(tmp_path) == Profile.load(tmp_path, "CPU") == here  # the newest
+    assert Profile.load(tmp_path, "GPU").device == "GPU"
+    again = here.add(entry(recipe(), "pretrain", {**PARTS, "step": 2.0}), entry(recipe(), "rl", {}))
+    assert [e.kind for e in again.entries] == ["train", "rl"] and again.entries[0].rates["step"] == 2.0  # in place of the old one
+    (tmp_path / profiles.FILE).write_text("{}")
+    with pytest.raises(ValueError, match="not a calibration of this version"):
+        Profile.load(tmp_path)
+
+
+@pytest.mark.parametrize("changes", [{"torch": "1.0"}, {"processor": "another"}])
+def test_a_profile_of_another_machine_is_not_used(tmp_path, changes):
+    old = profile(**changes)
+    old.save(tmp_path)
+    assert Profile.load(tmp_path) is None and next(iter(changes.values())) in old.stale()
+
+
+def test_a_plan_is_found_for_the_same_shape_alone():
+    made = recipe()
+    known = profile(entry(made, "pretrain", PARTS), entry(made, "rl", {}))
+    config = made.config()
+    known = known.add(entry(made, "sft", {}), entry(made, "evaluate", {}))
+    same = recipe(
+        pretrain={"steps": 400, "lr": 1e-2, "save_every": 100},
+        rl={"steps": 3, "lr": 1e-5},
+        sft={"documents": 30, "epochs": 1.0, "validation_share": 0.2, "lr": 1e-2},
+        evaluate={"before_rl": False},
+    )
+    for stage in ("pretrain", "sft", "rl", "evaluate"):
+        assert forecast.measured(same, stage, config, known) is not None
+        assert forecast.measured(same, stage, config, None) is None
+        assert forecast.measured(same, stage, dataclasses.replace(config, hidden_size=64), known) is None
+    for change, words in (
+        ({"pretrain": {"batch_size": 8}}, "batch_size 4, not 8"), ({"dtype": "bfloat16"}, "dtype float32, not bfloat16"),
+        ({"prepare": {"documents": 200, "tasks": [{"task": "countdown"}]}}, "data.tasks "),
+    ):  # fmt: skip
+        other = parse({**VALUES, **{k: {**VALUES[k], **v} if isinstance(v, dict) else v for k, v in change.items()}}, "tiny")
+        assert forecast.measured(other, "pretrain", config, known) is None
+        assert words in forecast.reason(other, "pretrain", config, known)
+    for stage, change, words in (
+        ("rl", {"rl": {"group": 8}}, "group 4, not 8"), ("sft", {"sft": {"batch_size": 4}}, "batch_size 8, not 4"),
+        ("evaluate", {"evaluate": {"problems": 7}}, "problems 6, not 7"),
+        ("evaluate", {"pretrain": {"sequence_length": 32}}, "text 64, not 32"),
+    ):  # fmt: skip
+        other = recipe(**change)
+        assert forecast.measured(other, stage, config, known) is None and words in forecast.reason(other, stage, config, known)
+
+
+def test_signatures_tell_models_apart_and_not_their_tokens():
+    config = recipe().config()
+    assert signature(config) == signature(dataclasses.replace(config, bos_token_id=3, eos_token_id=(1, 2)))
+    assert signature(config) != signature(dataclasses.replace(config, rope_theta=5e5))
+
+
+@pytest.mark.parametrize(("every", "last", "count"), [(0, True, 1), (0, False, 0), (3, True, 3), (4, True, 3), (4, False, 2)])
+def test_how_often_something_comes(every, last, count):
+    done = [s for s in range(1, 10) if (every and s % every == 0) or (last and s == 9)]
+    assert forecast.times(every, 9, last=last) == len(done) == count
+
+
+def test_a_plan_of_pretraining_is_the_sum_of_its_parts():
+    made = recipe()
+    plan = forecast.forecast(made, "pretrain", made.config(), entry(made, "pretrain", PARTS))
+    # 25 steps; validations at 0, 10, 20, 25; samples at 5, 10, .. 25; checkpoints at 7, 14, 21, 25
+    assert plan.seconds == 1e3 + 25 + 4e5 + 5e7 + 4e9 + 1e11 == plan.money  # at a dollar a second
+    assert plan.memory == 7e8 and plan.tokens == 25 * 4 * 64
+    assert plan.flops == plan.tokens * train_flops(made.config(), 64)
+
+
+def test_a_plan_of_reinforcement_learning_is_the_sum_of_its_parts():
+    made = recipe(rl={"sample_every": 5, "save_every": 0})
+    rates = {**PARTS, "rollout": 1.0, "grading": 0.25, "training": 0.5, "held_out": 1e5}
+    rates |= {"prompt": 6.0, "answer": 4.0, "drawn": 32.0, "read": 12.0, "trained": 40.0, "memory": 5e8}
+    plan = forecast.forecast(made, "rl", made.config(), entry(made, "rl", rates))
+    # 12 steps; measured at 0, 4, 8, 12; samples at 5, 10, 12; one checkpoint
+    assert plan.seconds == 12 * 1.75 + 1e3 + 4e5 + 3e7 + 1e9 + 1e11
+    assert plan.tokens == 12 * 32 and plan.memory == 5e8
+    silent = recipe(rl={"sample_every": 0, "save_every": 0, "evaluate_every": 0})
+    assert forecast.forecast(silent, "rl", made.config(), entry(silent, "rl", rates)).seconds == 12 * 1.75 + 1e3 + 1e9 + 1e11
+
+
+def test_a_plan_of_fine_tuning_is_the_sum_of_its_parts():
+    rates = {**PARTS, "tokenise": 1e13, "validation": 1e4, "kept": 0.8, "length": 30.0, "documents": 1000.0}
+    made = recipe()
+    plan = forecast.forecast(made, "sft", made.config(), entry(made, "sft", rates))
+    # of 100 problems 80 have something to learn, and 5 more are held out: 20 steps of 8, 10 an epoch; loss at 0, 10, 20; saved at 10, 20
+    assert plan.seconds == 1e3 + 105e13 + 20 + 3 * 5 * 1e4 + 2e7 + 2e9 + 1e11 and plan.tokens == 20 * 8 * 30
+    assert plan.flops == plan.tokens * train_flops(made.config(), 30)
+    text = recipe(sft={"tasks": (), "sources": ["chats.jsonl"], "documents": 0, "save_every": 0, "evaluate_every": 50})
+    plan = forecast.forecast(text, "sft", made.config(), entry(text, "sft", rates))
+    # of 1,000 chats 800 have something to learn, of which 40 are held out: 190 steps; loss at 0, 50, 100, 150, 190
+    assert plan.seconds == 1e3 + 1000e13 + 190 + 5 * 40 * 1e4 + 2e7 + 1e9 + 1e11
+
+
+def test_a_plan_of_an_evaluation_is_the_sum_of_its_parts():
+    rates = {"start": 1.0, "answers": 10.0, "grading": 100.0, "text": 1e3, "memory": 5e8, "untrained": 1.0}
+    rates |= {"drawn": 48.0, "read": 60.0, "prompt": 10.0, "answer": 8.0}
+    made, once = recipe(), recipe(evaluate={"before_rl": False})
+    plan, single = (forecast.forecast(r, "evaluate", r.config(), entry(r, "evaluate", rates)) for r in (made, once))
+    assert single.seconds == 1111 and single.tokens == 48 and plan.seconds == 1222 and plan.tokens == 96 and plan.memory == 5e8
+    assert plan.flops - single.flops == single.flops - forecast.text_flops(made, made.config())  # text is read once
+    assert "answers of 8 tokens" in forecast.drift(made, "evaluate", entry(made, "evaluate", rates))
+    assert not forecast.drift(made, "evaluate", entry(made, "evaluate", rates | {"untrained": 0.0}))
+
+
+def test_a_plan_of_serving_goes_in_waves_and_fills_the_cache():
+    config = recipe().config()
+    per_token = 2 * 2 * 2 * 16 * 4  # layers, keys and values, heads, width, bytes
+    rates = {"start": 10.0, "wave": 3.0, "requests": 4.0, "memory": 1e8, "cache": 20.0 * 30 * per_token, "scalar": 4.0}
+    made = Entry("serve", signature(config), {"prompt": 20, "output": 10, "clients": 4}, rates, "")
+    plan = forecast.serving(config, made, 9, 7200.0)
+    assert plan.seconds == 10 + 3 * 3 and plan.money == 2 * plan.seconds and plan.tokens == 90
+    assert plan.memory == 1e8 + 5 * 30 * per_token
+    assert forecast.serving(config, made, 1000, 0.0).memory == 1e8 + 16 * 30 * per_token  # the whole cache, and no more
+    with pytest.raises(ValueError, match="clients: 65 are more"):
+        serve_arguments(Traffic(65, 1, 1), "bf16", "bfloat16", 1.0)
+
+
+def test_a_peak_is_counted_from_when_it_was_forgotten():
+    here = torch.device("cpu")
+    if not device.RESET.exists():
+        pytest.skip("only Linux counts anew")
+    before = device.peak_memory(here)
+    block = bytearray(2**27)
+    high = device.peak_memory(here)
+    del block
+    device.forget_peak(here)
+    assert high >= 2**27 and device.peak_memory(here) < high - 2**26 and before <= high
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    return calibrate.some_text(recipe(), tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    for where, name, value in (
+        (probe, "SECONDS", 0.0), (probe, "STEPS", 3), (pace, "DECODED", 0.0), (pace, "BATCHES", (1, 4)), (pace, "READ", 16)
+    ):  # fmt: skip
+        monkeypatch.setattr(where, name, value)
+    monkeypatch.setattr(device, "measure_peak", lambda where, dtype: 1e11)
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "sft", "evaluate"])
+def test_a_stage_is_measured_before_its_model_is_there(stage, prepared, tmp_path, quick):
+    made = recipe(rl=None)
+    found = probe.measure(made.to_toml(), stage, None, prepared, tmp_path)
+    assert (found.kind, found.model, found.shape) == (forecast.KIND[stage], signature(made.config()), forecast.shape(made, stage))
+    assert all(rate > 0 for rate in found.rates.values()) and not list(tmp_path.iterdir())  # nothing is left behind
+    json.dumps(dataclasses.asdict(found))
+    plan = forecast.forecast(made, stage, made.config(), found)
+    assert plan.memory == found.rates["memory"] > 10**8 and plan.seconds > found.rates["start"]
+    if stage == "evaluate":  # two of its six problems are counted, not asked
+        assert plan.tokens == 6 * 4 and found.rates["answer"] == 4 and found.rates["untrained"]
+    if stage == "sft":
+        assert plan.tokens == pytest.approx(25 * 8 * found.rates["length"], abs=1)  # a hundred twice, eight at a time
+
+
+def test_a_served_plan_stands_on_what_was_measured(prepared, tmp_path, quick):
+    made = recipe(rl=None)
+    path = tmp_path / "tiny.toml"
+    path.write_text(made.to_toml())
+    found = pace.measure_engine(made.to_toml(), None, prepared, "bf16", 16, tmp_path)
+    assert [(e.kind, e.shape.get("batch")) for e in found] == [("prefill", None), ("decode", 1), ("decode", 4)]
+    seconds = {e.shape.get("batch"): e.rates["seconds"] for e in found}
+    options = Options(on="here", serve="here", root=tmp_path, prompt=16, cached=0, output=8, slowest=1.0)
+    before = make_plan(str(path), [], options)
+    assert not before.serving.quote.measured and "defaults" in before.serving_basis
+    profile(*found).save(tmp_path)
+    quote = (after := make_plan(str(path), [], options)).serving.quote
+    assert quote.measured and after.serving_basis.endswith(f"measured on this device, {found[-1].measured}")
+    on = after.serving.cluster.device
+    deployment = Deployment(made.config(), on).calibrated(Profile.load(tmp_path))
+    for e in found[1:]:
+        assert deployment.decode(e.shape["batch"], e.shape["context"]).seconds == pytest.approx(seconds[e.shape["batch"]])
+    assert 16 / quote.prefill_tokens_per_second == pytest.approx(seconds[None], rel=0.2)  # of a whole chunk: the weights are read once
+    other = make_plan(str(path), [], dataclasses.replace(options, weights="int8"))
+    assert "measured with weights bf16, not int8" in other.serving_basis
+
+
+def test_a_calibration_that_is_stopped_changes_nothing(tmp_path, monkeypatch):
+    profile(entry(recipe(), "pretrain", PARTS)).save(tmp_path)
+    before = (tmp_path / profiles.FILE).read_bytes()
+
+    def stop(console, what, function, *arguments):
+        if function is calibrate.measure:
+            raise KeyboardInterrupt
+        return {}
+
+    monkeypatch.setattr(calibrate, "some_text", lambda recipe, aside: aside)
+
+    monkeypatch.setattr(calibrate, "_apart", stop)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate.calibrate(recipe(), tmp_path, Console(quiet=True))
+    assert (tmp_path / profiles.FILE).read_bytes() == before
+
+
+@pytest.mark.slow
+def test_a_run_takes_what_calibration_said(tmp_path):
+    """On a busy machine plans are off: the bounds are loose, and hold that nothing is left out or counted twice."""
+    path = tmp_path / "tiny.toml"
+    path.write_text(recipe(rl=None, pretrain={"steps": 200}, sft={"documents": 800}, evaluate={"problems": 64, "windows": 64}).to_toml())
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for words in (["plan", path, "--calibrate"], ["run", path]):
+        command = [sys.executable, "-m", "jevons.cli", *words, "--runs", tmp_path]
+        subprocess.run(command, check=True, env=environment, timeout=600)
+    ledger = Ledger(tmp_path / "ledger.db")
+    receipts = {row.stage: row for row in ledger.rows()}
+    ledger.close()
+    for stage in ("pretrain", "sft", "evaluate"):
+        receipt = receipts[stage]
+        assert receipt.planned is not None and receipt.memory is not None, stage
+        least = 0.1 if stage == "evaluate" else 1 / 3  # a second of work
+        assert least < receipt.seconds / receipt.planned.seconds < 3, stage
+        # answers may end earlier than assumed; of so small a model memory is the process's own, and what earlier stages left in it
+        assert receipt.tokens <= 2 * receipt.planned.tokens if stage == "evaluate" else receipt.tokens == receipt.planned.tokens
+        assert receipt.planned.flops == pytest.approx(receipt.flops, rel=0.5 if stage == "evaluate" else 1e-3)
+        assert abs(receipt.memory / receipt.planned.memory - 1) < (0.15 if stage == "pretrain" else 0.4)

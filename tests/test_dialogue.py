@@ -1,0 +1,140 @@
+"""Conversations with tools grow by tokens: what was drawn stays, what the template adds is what it would have written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+
+from jevons.data.chat import DEFAULT_TEMPLATE, Message
+from jevons.data.tokenizer import SPECIAL_TOKENS, train_bpe
+from jevons.data.trajectory import Lesson, pack_lessons
+from jevons.engine.engine import Event
+from jevons.engine.sequence import Sample, SamplingParams
+from jevons.stages.dialogue import arguments, bridge, read_reply, template_of
+from jevons.stages.rollout import Asked, Sampler
+from jevons.tasks.task import Problem
+from jevons.tasks.tool import Equipped
+
+ADD = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}}}}
+CALL = {"id": "call00000", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+# drops the reasoning of older turns, as R1, QwQ and Qwen3 do
+FORGETFUL = DEFAULT_TEMPLATE.replace(
+    "message.role == 'assistant' and message.reasoning_content", "message.role == 'assistant' and message.reasoning_content and loop.last"
+)
+assert FORGETFUL != DEFAULT_TEMPLATE
+
+
+def make(template):
+    return train_bpe(["Speak, friend, and enter."] * 4, 320, chat_template=template, special_tokens=SPECIAL_TOKENS)
+
+
+@pytest.mark.parametrize("template", [DEFAULT_TEMPLATE, FORGETFUL], ids=["keeps reasoning", "drops reasoning"])
+def test_what_is_added_is_what_the_template_writes(template):
+    tokenizer = make(template)
+    template = template_of(tokenizer)
+    asked = [Message("user", "1+2?")]
+    reply = Message("assistant", "", "One and two.", (CALL,))
+    results = [Message("tool", "3", tool_call_id="call00000", name="add")]
+    added = bridge(template, asked, reply, results, [ADD])
+    whole = template.render([*asked, Message("assistant", "", tool_calls=(CALL,)), *results], tools=[ADD], add_generation_prompt=True)
+    assert whole.endswith(template.turn_end + added)
+    assert added.startswith("\n") and added.endswith(template.generation_prompt) and "tool\n3" in added
+
+
+def test_a_drawn_call_is_read_and_its_bad_arguments_are_none():
+    tokenizer = make(DEFAULT_TEMPLATE)
+    text = '<think>hm</think>so<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call><|im_end|>'
+    reply = read_reply(tokenizer, tokenizer.encode(text), opened=False, tools=[ADD])
+    assert (reply.reasoning, reply.content) == ("hm", "so")
+    assert [arguments(call) for call in reply.tool_calls] == [{"a": 1}]
+    assert reply.tool_calls[0]["function"]["name"] == "add"
+    assert arguments({"function": {"name": "add", "arguments": '{"a": '}}) is None
+    assert arguments({"function": {"name": "add", "arguments": "[1]"}}) is None
+    assert read_reply(tokenizer, tokenizer.encode("plain<|im_end|>"), opened=False, tools=[ADD]).tool_calls == ()
+
+
+def test_templates_that_cannot_be_learned_from_are_refused():
+    silent = DEFAULT_TEMPLATE.replace("{%- if add_generation_prompt %}", "{%- if false %}")
+    with pytest.raises(ValueError, match="no generation prompt"):
+        template_of(make(silent))
+    counting = DEFAULT_TEMPLATE.replace("'<|im_start|>' + message.role", "'<|im_start|>' + (messages | length | string) + message.role")
+    with pytest.raises(ValueError, match="rewrites earlier turns"):
+        bridge(template_of(make(counting)), [Message("user", "1")], Message("assistant", "2"), [Message("tool", "3")], [ADD])
+
+
+class Scripted:
+    """An engine that draws what it is told, turn by turn, and remembers what it was asked."""
+
+    version, max_length = 7, 2048
+
+    def __init__(self, tokenizer, turns):
+        self.turns, self.tokenizer, self.asked, self.waiting = list(turns), tokenizer, [], []
+
+    def submit(self, prompt, params):
+        self.asked.append((list(prompt), params))
+        self.waiting.append(len(self.asked) - 1)
+        return self.waiting[-1]
+
+    def step(self):
+        id = self.waiting.pop(0)
+        tokens = self.tokenizer.encode(self.turns[id])
+        logps = [-0.5 - id] * len(tokens)
+        routes = torch.zeros(len(self.asked[id][0]) + len(tokens) - 1, 2, 2, dtype=torch.int16)
+        sample = Sample(tokens, logps, logps, "stop", self.version, routes=routes)
+        return [Event(id, tokens[-1], logps[-1], logps[-1], [], 0, 0.0, sample)]
+
+    def abort_all(self):
+        pass
+
+
+@dataclass(frozen=True)
+class Sums(Equipped):
+    name: ClassVar[str] = "sums"
+
+    def problem(self, split, index, seed):
+        return Problem("1+2?", "3", {}, 1)
+
+    def verify(self, problem, reply):
+        return float(reply == "3")
+
+
+def sampler(turns, max_tokens=200, allowed=3):
+    tokenizer = make(DEFAULT_TEMPLATE)
+    task = Sums(tools_=("calculator",))
+    engine = Scripted(tokenizer, turns)
+    params = SamplingParams(max_tokens=max_tokens, record_routes=True)
+    asked = [Asked(task, task.problem("train", 0, 0), (0, 0))]
+    (group,) = Sampler(engine, tokenizer, params, allowed).sample(asked, 1, ("x",), lambda drawn: None)
+    return tokenizer, engine, group
+
+
+CALLING = '<tool_call>{"name": "calculator", "arguments": {"expression": "1+2"}}</tool_call><|im_end|>'
+
+
+def test_turns_grow_by_tokens_and_only_drawn_ones_count():
+    tokenizer, engine, group = sampler([CALLING, "3<|im_end|>"])
+    (t,) = group.trajectories
+    first, second = tokenizer.encode(CALLING), tokenizer.encode("3<|im_end|>")
+    assert engine.asked[1][0] == [*t.prompt, *t.tokens[: -len(second)]]  # what was drawn is read again as it was drawn
+    assert t.tokens[: len(first)] == first and t.tokens[-len(second) :] == second
+    between = t.tokens[len(first) : -len(second)]
+    assert tokenizer.decode(between) == "\n<|im_start|>tool\n3<|im_end|>\n<|im_start|>assistant\n"
+    assert t.own == [True] * len(first) + [False] * len(between) + [True] * len(second)
+    assert t.logps == [-0.5] * len(first) + [0.0] * len(between) + [-1.5] * len(second)
+    assert len(t.routes) == len(t.prompt) + len(t.tokens) - 1 and t.finished
+    assert group.texts == ["3"]  # graded by its last turn
+    batch = pack_lessons([Lesson(t, 1.0, 1.0)])
+    assert batch.targets_T[batch.weights_T > 0].tolist() == first + second
+    assert engine.asked[1][1].max_tokens == 200 - len(first) - len(between)
+
+
+def test_turns_end_with_the_budget_and_the_allowance():
+    for options in ({"allowed": 1}, {"max_tokens": len(make(DEFAULT_TEMPLATE).encode(CALLING)) + 5}):
+        _, engine, group = sampler([CALLING, "3<|im_end|>"], **options)
+        assert len(engine.asked) == 1 and all(group.trajectories[0].own)
+    assert not group.trajectories[0].finished  # it called and could not be answered
+    _, engine, group = sampler([CALLING.replace("1+2", "1+"), CALLING, CALLING], max_tokens=900)
+    assert len(engine.asked) == 3 and "error" in engine.tokenizer.decode(group.trajectories[0].tokens)
