@@ -126,14 +126,15 @@ def measure(
     )  # fmt: skip
     other = torch.ones(flush // 4)
     rows = {}
+    room = config.max_position_embeddings - PROMPT  # the first token comes with the prompt, and each kind of step warms up with one
     for batch in batches:
         for _ in range(batch):
             prompt = [rng.randrange(config.vocab_size) for _ in range(PROMPT)]
-            engine.submit(prompt, SamplingParams(max_tokens=config.max_position_embeddings - PROMPT, seed=rng.randrange(2**31)))
+            engine.submit(prompt, SamplingParams(max_tokens=room, seed=rng.randrange(2**31)))
         engine.step()
         times: dict[str, list[float]] = {"warm": [], "cold": []}
         counts, bytes_ = [], []
-        for kind, most, limit in (("warm", MOST, seconds), ("cold", COLD, seconds)):
+        for kind, most, limit in (("warm", min(MOST, room - COLD - 4), seconds), ("cold", COLD, seconds)):
             _timed(engine, batch)  # the first one warms up
             while len(times[kind]) < (LEAST if kind == "warm" else 1) or (len(times[kind]) < most and sum(times[kind]) < limit):
                 if kind == "cold":

@@ -8,6 +8,8 @@ nor programs of that version mind. Not done: any other migration; a table that l
 
 from __future__ import annotations
 
+import sqlite3
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -36,7 +38,7 @@ def open_database(url_or_path: str | Path, tables: Sequence[sql.Table], *, busy_
     try:
         with engine.begin() as connection:
             if backend == "sqlite":
-                connection.exec_driver_sql("PRAGMA journal_mode=WAL")  # commits are synced: SQLite's own default, synchronous=FULL
+                _write_ahead(connection, busy_timeout)
                 present = set()  # IF NOT EXISTS is free there
             else:  # elsewhere it may lock a table that others write to, or fail when two processes create at once
                 if backend == "postgresql":
@@ -57,6 +59,21 @@ def open_database(url_or_path: str | Path, tables: Sequence[sql.Table], *, busy_
             raise
         raise ValueError(f"{name}: not a ledger ({getattr(error, 'orig', error)}); name another file") from error
     return engine
+
+
+def _write_ahead(connection: sql.Connection, busy_timeout: float) -> None:
+    """Log ahead of writing; commits are synced: SQLite's own default, synchronous=FULL. SQLite waits for other processes' locks by
+    itself, but not when it changes the kind of its journal: of processes that open a new ledger at once all but one would fail."""
+    end = time.monotonic() + busy_timeout
+    while True:
+        try:
+            connection.exec_driver_sql("PRAGMA journal_mode=WAL")
+            return
+        except OperationalError as error:
+            code = getattr(error.orig, "sqlite_errorcode", 0)
+            if code & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > end:
+                raise
+        time.sleep(0.005)
 
 
 def missing_columns(connection: sql.Connection, table: sql.Table) -> list[sql.Column[Any]]:
