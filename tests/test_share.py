@@ -232,3 +232,9 @@ def test_embeddings_are_the_mean_of_hidden_states() -> None:
         want = model(torch.tensor(text), torch.arange(T), Packed(torch.tensor([0, T]))).hidden_TD.mean(0)
         assert got.embedding is not None
         torch.testing.assert_close(got.embedding, want)
+    # the last token of this prompt is read alone, as drawn ones are, so it may bring a draft
+    again, params = [texts[0][i % 3] for i in range(17)], SamplingParams(max_tokens=4, embed=True)
+    plain, drafting = (Engine(model, max_batch_tokens=8, max_sequences=1, draft=draft) for draft in (None, "ngram"))
+    (a,), (b,) = (each.generate([again], params) for each in (plain, drafting))
+    assert drafting.drafted
+    torch.testing.assert_close(a.embedding, b.embedding)

@@ -180,10 +180,11 @@ class Engine:
         if self.pool.picks is not None:
             self.pool.picks.index_copy_(0, attend.slots_T, self.runner.picks().int())
         for (sequence, count), end in zip(batch, ends):
+            known = slice(end - len(sequence.draft) - count, end - len(sequence.draft))
             if sequence.params.prompt_logprobs is not None:
-                self._score_prompt(sequence, hidden_TD[end - count : end])
+                self._score_prompt(sequence, hidden_TD[known])
             if sequence.params.embed:
-                sequence.pool(hidden_TD[end - count : end])
+                sequence.pool(hidden_TD[known])
         events = self._draw(batch, ends, hidden_TD, start)
         if self.drafter:
             self.drafter.after(Step(sequences, firsts, ends, tokens, hidden_TD, attend), self._may_draft)

@@ -46,7 +46,6 @@ class EngineLoop:
         self._boxes: dict[int, tuple[Mailbox, int]] = {}  # engine id -> where its events go, and under which number; the thread's own
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._asyncio: asyncio.AbstractEventLoop | None = None
-        self.queued = 0  # submitted from here and not finished; the event loop's own count
 
     def start(self) -> None:
         self._asyncio = asyncio.get_running_loop()
