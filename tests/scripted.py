@@ -5,10 +5,13 @@ Random tiny models never think or call a tool, so clients' tests need a model th
 
 from __future__ import annotations
 
+import json
+import socket
 import threading
 import time
 from contextlib import contextmanager
 from types import SimpleNamespace
+from urllib.parse import urlsplit
 
 import uvicorn
 
@@ -96,6 +99,23 @@ def make_service(engine, tokenizer, url, *, limits=None, keyed=False):
     return Service(loop, tokenizer, Meter(store, Prices.load(), keys), model_id="tiny", limits=limits or Limits()), keys
 
 
+def hang_up(url, body, begun, *, streamed):
+    """Ask, and go away once `begun` says that the answer is being made; of a stream, once some of it has come."""
+    address, content = urlsplit(url), json.dumps(body).encode()
+    head = f"POST {address.path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(content)}\r\n\r\n"
+    with socket.create_connection((address.hostname, address.port), timeout=60) as client:
+        client.sendall(head.encode() + content)
+        until(begun)
+        assert not streamed or client.recv(1)
+
+
+def until(condition):
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
 @contextmanager
 def served(service, keys=None, **options):
     """The address of a real uvicorn server in a thread."""
@@ -110,5 +130,5 @@ def served(service, keys=None, **options):
         yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     finally:
         server.should_exit = True
-        thread.join(10)
+        thread.join(60)
         assert not thread.is_alive()

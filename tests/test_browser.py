@@ -14,7 +14,6 @@ import os
 import random
 import re
 import shutil
-import socket
 import threading
 import time
 from pathlib import Path
@@ -175,15 +174,12 @@ class Script:
 @pytest.fixture(scope="module")
 def script():
     script = Script()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    server = uvicorn.Server(uvicorn.Config(script.app(), host="127.0.0.1", port=port, log_level="error"))
+    server = uvicorn.Server(uvicorn.Config(script.app(), port=0, log_level="error"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:
         time.sleep(0.01)
-    script.url = f"http://127.0.0.1:{port}/"
+    script.url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/"
     yield script
     server.should_exit = True
     thread.join(10)

@@ -342,18 +342,24 @@ def test_keys_while_the_database_is_away(file_store, monkeypatch):
 # --- the meter
 
 
-def test_many_at_once_are_few_commits(store):
-    commits = []
-    sql.event.listen(store.engine, "commit", lambda connection: commits.append(connection))
+def test_many_at_once_are_few_commits(store, monkeypatch):
+    insert, commits = store.insert, []
 
     async def load():
         async with metering(store) as meter:
-            commits.clear()
+
+            def slow(rows):  # as a disk is, so that all others have come by the end of the first commit
+                commits.append(len(rows))
+                while meter.pending < 64 and len(commits) == 1:
+                    time.sleep(0.001)
+                insert(rows)
+
+            monkeypatch.setattr(store, "insert", slow)
             assert await asyncio.gather(*(meter.record(row(prompt=i, cached=i // 2)) for i in range(64))) == [True] * 64
             assert meter.pending == 0
 
     asyncio.run(load())
-    assert len(commits) <= 3
+    assert len(commits) <= 2 and sum(commits) == 64
     (sums,) = store.sums("key")
     assert (sums.requests, sums.prompt, sums.cached) == (64, sum(range(64)), sum(i // 2 for i in range(64)))
 
@@ -384,6 +390,8 @@ def test_rows_outlast_a_database_that_is_down(store, monkeypatch, caplog):
         async with metering(store, capacity=3, patience=0.2) as meter:
             meter.check()
             assert await asyncio.gather(*(meter.record(row(prompt=1)) for _ in range(3))) == [False] * 3
+            while meter.error is None:  # its thread may not have come to it
+                await asyncio.sleep(0.01)
             assert meter.error == "no route to host" and meter.pending == 3
             assert refused(503, meter.check).retry_after
             meter.patience = 30.0
@@ -409,7 +417,7 @@ def test_rows_left_at_the_end_are_logged(file_store, monkeypatch, caplog):
         assert not await meter.record(row(request_id="lost-one"))
         began = time.monotonic()
         await meter.close(0.3)
-        assert time.monotonic() - began < 20  # and not for ever
+        assert time.monotonic() - began < 60  # and not for ever
         with pytest.raises(RuntimeError, match="closed"):
             await meter.record(row())
 
@@ -425,6 +433,8 @@ def test_no_requests_without_a_meter(file_store, monkeypatch):
         async with metering(file_store, patience=0.2) as meter:
             meter.check()
             assert not await meter.record(row())
+            while meter._thread.is_alive():
+                await asyncio.sleep(0.01)
             assert refused(503, meter.check) and "ZeroDivisionError" in meter.error
 
     asyncio.run(load())

@@ -126,6 +126,7 @@ def test_a_killed_server_leaves_its_uptime(ledger_url):
 
 def test_uptime_ends_and_outlives_a_database_that_is_down(tmp_path, monkeypatch, caplog):
     ledger, tried = Ledger(tmp_path / "ledger.db"), threading.Event()
+    began = time.perf_counter()
     uptime = Uptime(ledger, receipt(stage="serve", seconds=5.0), seconds=0.01)
     record = ledger.record
 
@@ -134,11 +135,12 @@ def test_uptime_ends_and_outlives_a_database_that_is_down(tmp_path, monkeypatch,
         raise OperationalError("INSERT", {}, Exception("disk I/O error"))
 
     monkeypatch.setattr(ledger, "record", fail)
-    assert tried.wait(5)
+    assert tried.wait(60)
     monkeypatch.setattr(ledger, "record", record)
     uptime.close()
+    passed = time.perf_counter() - began
     (row,) = Ledger(tmp_path / "ledger.db").rows()
-    assert row.finished is not None and 5.0 < row.seconds < 10.0 and row == uptime.receipt
+    assert row.finished is not None and 5.0 < row.seconds <= 5.0 + passed and row == uptime.receipt
     assert [r.levelname for r in caplog.records if "disk I/O error" in r.message] == ["ERROR"]
 
 
@@ -165,6 +167,7 @@ def test_a_stage_that_only_has_to_finish(tmp_path):
 def test_a_stage_that_starts_over_is_planned_on_top_of_what_was_spent(tmp_path):
     recipe = load("quickstart", ["price_per_hour=3600"])
     for again in (None, "rl"):
+        began = time.perf_counter()
         run = Run(recipe, tmp_path, "cpu", again=again)
         with run.spend("rl", planned=Plan(5, 1.0, 1.0, 1.0)) as spending:
             spending.receipt.seconds += 2.0  # as if they had passed
@@ -173,9 +176,10 @@ def test_a_stage_that_starts_over_is_planned_on_top_of_what_was_spent(tmp_path):
         (row,) = run.ledger.rows()
         run.ledger.close()
         if again is None:
-            first = row
-    assert first.planned.seconds == 1.0 and first.difference("seconds") == approx(first.seconds - 1.0) and 2.0 <= first.seconds < 4.0
-    assert 2.0 <= row.seconds - first.seconds < 4.0 and row.tokens == 7 and row.started == first.started
+            first, passed = row, time.perf_counter() - began
+    assert first.planned.seconds == 1.0 and first.difference("seconds") == approx(first.seconds - 1.0)
+    assert 2.0 <= first.seconds <= 2.0 + passed
+    assert 2.0 <= row.seconds - first.seconds <= 2.0 + time.perf_counter() - began and row.tokens == 7 and row.started == first.started
     assert row.planned.seconds == row.planned.money == approx(1.0 + first.seconds)  # of a dollar a second
 
 

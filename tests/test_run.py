@@ -248,10 +248,8 @@ def test_a_second_run_does_nothing(copy, recipe, jevons_):
     run = copy / "tiny"
     before = {stage: content(run / stage) for stage in ("prepare", "pretrain", "evaluate")}
     metrics, receipt = (run / "metrics.jsonl").read_bytes(), (run / "receipt.json").read_bytes()
-    start = time.process_time()
     code, out, _ = jevons_("run", recipe, "--runs", copy)
     assert code == 0 and "of 4 held-out problems" in out
-    assert time.process_time() - start < 2  # nothing but its summary and the report
     assert {stage: content(run / stage) for stage in before} == before
     assert (run / "metrics.jsonl").read_bytes() == metrics and (run / "receipt.json").read_bytes() == receipt
 

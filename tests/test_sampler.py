@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import random
-import time
 from dataclasses import replace
 from functools import cache
 
@@ -270,9 +269,9 @@ def test_weights_changed_in_place_are_new_weights() -> None:
     first = [engine.step()[0].token for _ in range(5)]
     pointers = [p.data_ptr() for p in model.parameters()]
     model.load_state_dict(other.state_dict())
-    start = time.process_time()  # which other processes do not lengthen
-    engine.new_weights(7)
-    assert time.process_time() - start < 0.05  # well under 1 ms
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        engine.new_weights(7)
+    assert not profile.events()  # no tensor is touched, so it takes no time
     assert engine.version == 7 and engine.pool.used == engine.pool.idle == 0 and [p.data_ptr() for p in model.parameters()] == pointers
     while engine.has_work:
         [event] = engine.step()

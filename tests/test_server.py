@@ -108,7 +108,6 @@ class Process:
         assert len({row[0] for row in rows}) == len(rows)
         return {row[0]: row[1:] for row in rows}
 
-
     def receipt(self):
         ledger = Ledger(self.ledger)
         (receipt,) = ledger.rows()
@@ -159,7 +158,7 @@ class Load:
 
     def join(self):
         for thread in self.threads:
-            thread.join(30)
+            thread.join(60)
             assert not thread.is_alive()
 
 
@@ -167,7 +166,7 @@ def refuses(url, method="POST", path=COMPLETIONS):
     """Whether a new client gets no answer, or is told to come back."""
     body = {"model": "tiny", "prompt": "Hi", "max_tokens": 1} if method == "POST" else None
     try:
-        return httpx.request(method, url + path, json=body, timeout=30).status_code == 503
+        return httpx.request(method, url + path, json=body, timeout=60).status_code == 503
     except httpx.TransportError:
         return True
 
@@ -183,7 +182,7 @@ def test_a_signal_lets_answers_end_and_leaves_with_0(folder, tmp_path, number):
         server.process.send_signal(number)
         load.wait(lambda: refuses(url, "GET", "/health"))  # the signal has come to its handler
         assert len(load.ended) < 8 and refuses(url), "the load was over too early, or a new request was taken"
-        assert server.process.wait(30) == 0, server.said
+        assert server.process.wait(60) == 0, server.said
         load.join()
         assert load.ended == load.begun and "Traceback" not in server.said, server.said
         receipt = server.receipt()
@@ -206,20 +205,20 @@ def test_answers_that_outlast_the_drain_are_cut_and_metered(folder, tmp_path):
 
 @pytest.mark.slow
 def test_a_second_signal_leaves_at_once(folder, tmp_path):
-    with serving(folder, tmp_path / "ledger.db", "--drain", "60") as server:
+    with serving(folder, tmp_path / "ledger.db", "--drain", "600") as server:
         load = Load(server.url(), [12000] * 2)
         server.process.send_signal(signal.SIGTERM)
         time.sleep(0.5)
         assert server.process.poll() is None  # the first one waits
         server.process.send_signal(signal.SIGINT)
-        server.process.wait(30)  # half of what the first would wait
+        server.process.wait(60)  # a tenth of what the first would wait
         load.join()
         assert not load.ended
 
 
 def test_what_a_client_saw_end_is_in_the_ledger_after_sudden_death(folder, tmp_path):
     with serving(folder, tmp_path / "ledger.db") as server:
-        load = Load(server.url(), [40 * i for i in range(1, 17)])
+        load = Load(server.url(), [40 * i for i in range(1, 9)] + [12000] * 8)
         load.wait(lambda: len(load.ended) >= 6)
         server.process.kill()
         server.process.wait()
@@ -236,7 +235,7 @@ def test_what_a_client_saw_end_is_in_the_ledger_after_sudden_death(folder, tmp_p
 
 def test_open_doors_are_refused_before_the_model_is_loaded(tmp_path):
     with serving(tmp_path / "no such model", tmp_path / "ledger.db", "--host", "0.0.0.0") as server:
-        assert server.process.wait(30) == 1
+        assert server.process.wait(60) == 1
         assert "jevons keys create" in server.said and "--insecure" in server.said and "no such model" not in server.said
 
 
@@ -253,7 +252,7 @@ def keyed(folder, tmp_path_factory):
 
 def ask(url, secret, prompt, **body):
     headers = {"authorization": f"Bearer {secret}"} if secret else {}
-    return httpx.post(url + COMPLETIONS, headers=headers, json={"model": "tiny", "prompt": prompt, "max_tokens": 4, **body}, timeout=30)
+    return httpx.post(url + COMPLETIONS, headers=headers, json={"model": "tiny", "prompt": prompt, "max_tokens": 4, **body}, timeout=60)
 
 
 def test_keys_open_every_address(keyed):
@@ -266,16 +265,16 @@ def test_keys_open_every_address(keyed):
 def test_slow_headers_are_cut_and_kept_connections_are_not(keyed):
     _, url, (alice, _) = keyed
     address = (urlsplit(url).hostname, urlsplit(url).port)
-    with socket.create_connection(address, timeout=10) as slow:
+    with socket.create_connection(address, timeout=60) as slow:
         start = time.monotonic()
         slow.sendall(b"POST /v1/comp")
-        assert slow.recv(100) == b"" and 0.3 < time.monotonic() - start < 20
-    with socket.create_connection(address, timeout=10) as trickle, pytest.raises(OSError):  # a byte now and then gains no time
-        for _ in range(200):
+        assert slow.recv(100) == b"" and time.monotonic() - start > 0.3
+    with socket.create_connection(address, timeout=60) as trickle, pytest.raises(OSError):  # a byte now and then gains no time
+        for _ in range(600):
             trickle.sendall(b"x")
             time.sleep(0.1)
     request = f"GET /v1/models HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {alice}\r\n\r\n".encode()
-    with socket.create_connection(address, timeout=10) as kept:
+    with socket.create_connection(address, timeout=60) as kept:
         for _ in range(2):
             kept.sendall(request)
             answer = b""
@@ -289,9 +288,10 @@ def test_slow_headers_are_cut_and_kept_connections_are_not(keyed):
 
 def test_an_answer_may_take_longer_than_headers(keyed):
     _, url, (alice, _) = keyed
-    start = time.monotonic()
-    assert ask(url, alice, "Hi", max_tokens=1000, min_tokens=1000).json()["usage"]["completion_tokens"] == 1000
-    assert time.monotonic() - start > 0.5, "too fast to show anything; ask for more tokens"
+    start, tokens = time.monotonic(), 500
+    while time.monotonic() - start < 0.5:  # as many as this machine takes longer for
+        start, tokens = time.monotonic(), 2 * tokens
+        assert ask(url, alice, "Hi", max_tokens=tokens, min_tokens=tokens).json()["usage"]["completion_tokens"] == tokens
 
 
 def test_tenants_do_not_share_what_is_cached(keyed):
@@ -313,7 +313,7 @@ def test_secrets_and_prompts_are_written_nowhere(keyed):
     stolen = secrets[0][:-6] + "Stolen"
     assert ask(url, stolen, marker).status_code == 401
     broken = f'{{"model": "tiny", "prompt": {marker}'
-    assert httpx.post(url + COMPLETIONS, content=broken, headers={"x-api-key": secrets[0]}).status_code == 400
+    assert httpx.post(url + COMPLETIONS, content=broken, headers={"x-api-key": secrets[0]}, timeout=60).status_code == 400
     assert f"POST {COMPLETIONS}" in server.said  # requests are logged, so their secrets could have been
     written = [path.read_bytes() for path in server.ledger.parent.iterdir()]
     assert b"alice" in b"".join(written)
@@ -345,7 +345,7 @@ def test_a_failed_step_ends_what_is_under_way_and_nothing_else(tokenizer, model,
     answers = {}
 
     def send(number):
-        answers[number] = httpx.post(url + COMPLETIONS, json={**body, "stream": number % 2 == 0}, timeout=30)
+        answers[number] = httpx.post(url + COMPLETIONS, json={**body, "stream": number % 2 == 0}, timeout=60)
 
     with served(service) as url:
         threads = [threading.Thread(target=send, args=(i,)) for i in range(4)]
@@ -355,12 +355,12 @@ def test_a_failed_step_ends_what_is_under_way_and_nothing_else(tokenizer, model,
             time.sleep(0.01)
         failing.set()
         for thread in threads:
-            thread.join(30)
+            thread.join(60)
         for number, answer in answers.items():
             assert "secret" not in answer.text and "engine_error" in answer.text
             assert answer.status_code == 500 if number % 2 else answer.text.count("[DONE]") == 0
         assert len(answers) == 4 and engine.pool.used == 0
-        again = httpx.post(url + COMPLETIONS, json={"model": "tiny", "prompt": LONG, "max_tokens": 4, "min_tokens": 4}).json()
+        again = httpx.post(url + COMPLETIONS, json={"model": "tiny", "prompt": LONG, "max_tokens": 4, "min_tokens": 4}, timeout=60).json()
         assert again["usage"]["completion_tokens"] == 4
     assert engine.pool.used == 0
     assert [status for _, status in rows(service)] == ["error"] * 4 + ["length"]
