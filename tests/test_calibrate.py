@@ -7,17 +7,19 @@ import json
 import os
 import subprocess
 import sys
+from random import Random
 
 import pytest
 import torch
 from rich.console import Console
 
 from jevons.cost import profile as profiles
-from jevons.cost.arithmetic import train_flops
+from jevons.cost.arithmetic import forward_flops, train_flops
 from jevons.cost.deployment import Deployment
 from jevons.cost.ledger import Ledger
 from jevons.cost.profile import Entry, Profile, signature
 from jevons.kernels import processor
+from jevons.model.folder import companions, save_model
 from jevons.recipe import Recipe, parse
 from jevons.stages import calibrate, forecast, pace, probe
 from jevons.stages.plan import Options, make_plan
@@ -53,7 +55,8 @@ def entry(made: Recipe, stage: str, rates: dict[str, float]) -> Entry:
 
 
 def profile(*entries: Entry, **changes) -> Profile:
-    values = {"device": "CPU", "processor": processor.name(), "torch": profiles.torch_version(), "measured": "2026-11-27 12:00:00"}
+    values = {"device": "CPU", "processor": processor.name(), "torch": profiles.torch_version(), "threads": processor.threads()}
+    values["measured"] = "2026-11-27 12:00:00"
     return Profile(**{**values, "peak_flops": {"float32": 1e11}, "bandwidth": 1e10, "base_memory": 10**8, "entries": entries, **changes})
 
 
@@ -76,6 +79,25 @@ def test_a_profile_of_another_machine_is_not_used(tmp_path, changes):
     old = profile(**changes)
     old.save(tmp_path)
     assert Profile.load(tmp_path) is None and next(iter(changes.values())) in old.stale()
+
+
+def test_a_profile_of_other_threads_is_not_used(tmp_path, monkeypatch):
+    monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    profile(device="CPU AMD, 1 threads").save(tmp_path)
+    assert Profile.load(tmp_path).threads == 1 and not profiles.refused(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "2,1")  # by level of nesting, of which torch has one
+    assert Profile.load(tmp_path) is None and "OMP_NUM_THREADS=1, here is OMP_NUM_THREADS=2" in profiles.refused(tmp_path)
+    assert Profile.load(tmp_path, "CPU AMD, 1 threads") is not None  # a run knows what it computes with
+    path = tmp_path / "tiny.toml"
+    path.write_text(recipe().to_toml())
+    assert "here is OMP_NUM_THREADS=2" in make_plan(str(path), [], Options(on="here", root=tmp_path)).stages[1].basis
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert Profile.load(tmp_path) is None
+    profile(device="CPU AMD, 2 threads").save(tmp_path)
+    assert Profile.load(tmp_path).device == "CPU AMD, 2 threads"
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")  # what torch chose there by itself
+    assert Profile.load(tmp_path).device == "CPU AMD, 2 threads"
 
 
 def test_a_plan_is_found_for_the_same_shape_alone():
@@ -130,16 +152,57 @@ def test_a_plan_of_pretraining_is_the_sum_of_its_parts():
     assert plan.flops == plan.tokens * train_flops(made.config(), 64)
 
 
+RL = {**PARTS, "rollout": 1.0, "grading": 0.25, "training": 0.5, "update": 0.125, "held_out": 1e5}
+RL |= {"groups": 14.0, "silent": 3.0, "prompt": 6.0, "answer": 4.0, "drawn": 16.0, "read": 6.0, "trained": 20.0, "memory": 5e8}
+
+
 def test_a_plan_of_reinforcement_learning_is_the_sum_of_its_parts():
     made = recipe(rl={"sample_every": 5, "save_every": 0})
-    rates = {**PARTS, "rollout": 1.0, "grading": 0.25, "training": 0.5, "held_out": 1e5}
-    rates |= {"prompt": 6.0, "answer": 4.0, "drawn": 32.0, "read": 12.0, "trained": 40.0, "memory": 5e8}
-    plan = forecast.forecast(made, "rl", made.config(), entry(made, "rl", rates))
-    # 12 steps; measured at 0, 4, 8, 12; samples at 5, 10, 12; one checkpoint
-    assert plan.seconds == 12 * 1.75 + 1e3 + 4e5 + 3e7 + 1e9 + 1e11
+    plan = forecast.forecast(made, "rl", made.config(), entry(made, "rl", RL))
+    # 12 steps of two groups, of which (3 + 1) / (14 + 2) agree, both in a sixteenth of the steps
+    steps = 12 * (2 * 1.25 + 1.5 * 0.5 + 15 / 16 * 0.125)
+    # measured at 0, 4, 8, 12; samples at 5, 10, 12; one checkpoint
+    assert plan.seconds == steps + 1e3 + 4e5 + 3e7 + 1e9 + 1e11
     assert plan.tokens == 12 * 32 and plan.memory == 5e8
+    sampled, trained = 22 * forward_flops(made.config(), 5.0), 20 * train_flops(made.config(), 10.0)
+    assert plan.flops == pytest.approx(12 * (2 * sampled + 1.5 * trained))
     silent = recipe(rl={"sample_every": 0, "save_every": 0, "evaluate_every": 0})
-    assert forecast.forecast(silent, "rl", made.config(), entry(silent, "rl", rates)).seconds == 12 * 1.75 + 1e3 + 1e9 + 1e11
+    assert forecast.forecast(silent, "rl", made.config(), entry(silent, "rl", RL)).seconds == steps + 1e3 + 1e9 + 1e11
+
+
+def test_groups_that_agree_are_left_out_or_replaced():
+    made = recipe()
+    assert forecast.silent_share({"groups": 0.0, "silent": 0.0}) == 0.5 and forecast.silent_share(RL) == 0.25
+    assert forecast.group_counts(made.rl, 0.25) == (2, 1.5, 15 / 16)
+    refilled = recipe(rl={"no_signal": "refill", "refill_rounds": 3})
+    # 2 groups, half a one for those that agreed, an eighth for those of these
+    assert forecast.group_counts(refilled.rl, 0.25) == (2.625, 2.625 * 0.75, 1 - 0.25**6)
+    assert forecast.group_counts(recipe(rl={"kl_weight": 0.1}).rl, 0.25) == (2, 2, 1.0)  # the pull to the reference needs no signal
+    words = forecast.drift(made, "rl", entry(made, "rl", RL))
+    assert "25% of groups agree and are not trained on (3 of 14 did), answers of 4 tokens" in words
+    assert "are replaced" in forecast.drift(refilled, "rl", entry(refilled, "rl", RL))
+
+
+def test_how_groups_fall_out_as_planned():
+    """Rounds of problems that agree by chance, against what is expected of them."""
+    made, random = recipe(rl={"no_signal": "refill", "refill_rounds": 3, "problems": 4}).rl, Random(0)
+    sampled = kept = trains = 0
+    for _ in range(20_000):
+        got = 0
+        for _ in range(3):
+            fresh = [random.random() >= 0.4 for _ in range(4 - got)]
+            sampled, got = sampled + len(fresh), got + sum(fresh)
+        kept, trains = kept + got, trains + (got > 0)
+    seen = [n / 20_000 for n in (sampled, kept, trains)]
+    assert seen == pytest.approx(forecast.group_counts(made, 0.4), rel=0.01)
+
+
+def test_seconds_of_an_update_are_a_line_in_its_tokens():
+    found = probe.updates([(10, 9.0), (10, 3.0), (50, 7.0)])
+    assert (found.token, found.fixed, found.warm) == pytest.approx((0.1, 2.0, 6.0))
+    for many in ((10, 2.0), (50, 1.0), (50, 20.0)):  # as many tokens; no longer for more; more than in proportion
+        found = probe.updates([(10, 3.0), (10, 2.0), many])
+        assert found.fixed == 0.0 and found.token == pytest.approx((2.0 + many[1]) / (10 + many[0])) and found.warm == 1.0
 
 
 def test_a_plan_of_fine_tuning_is_the_sum_of_its_parts():
@@ -218,6 +281,33 @@ def test_a_stage_is_measured_before_its_model_is_there(stage, prepared, tmp_path
         assert plan.tokens == 6 * 4 and found.rates["answer"] == 4 and found.rates["untrained"]
     if stage == "sft":
         assert plan.tokens == pytest.approx(25 * 8 * found.rates["length"], abs=1)  # a hundred twice, eight at a time
+
+
+@pytest.mark.parametrize("rewards", [[{"part": "correct"}], [{"part": "language"}]])
+def test_groups_that_agree_are_counted_in_the_runs_own_problems(rewards, prepared, tmp_path, quick, monkeypatch):
+    monkeypatch.setattr(probe, "SECONDS", 1e9)
+    monkeypatch.setattr(probe, "GROUPS", 10)
+    made = recipe(rl={"rewards": rewards, "evaluate_every": 0, "sample_every": 0, "max_tokens": 12})
+    files = companions(prepared / "tokenizer")
+    save_model(probe.open_model(made, None, prepared, torch.device("cpu")), tmp_path / "model", companions=files)
+    harvests, updates = [], []
+    collect, learn = probe.Classroom.collect, probe.learn
+    monkeypatch.setattr(probe.Classroom, "collect", lambda *a: harvests.append((a[1], collect(*a))) or harvests[-1][1])
+    monkeypatch.setattr(probe, "learn", lambda *a: updates.append((len(a[1].groups), a[4])) or learn(*a))
+    found = probe.measure(made.to_toml(), "rl", tmp_path / "model", prepared, tmp_path)
+    rates = found.rates
+    assert [step for step, _ in harvests] == [0, 1, 2, 3, 4] and rates["groups"] == 10  # steps of the run, of two problems each
+    assert updates == [(1, 0.0), (1, 0.0), (2, 0.0)]  # which teach it nothing
+    silent = sum(len(set(group.rewards)) == 1 for _, harvest in harvests for group in harvest.groups)
+    assert rates["silent"] == silent and (silent < 10 if rewards[0]["part"] == "language" else silent == 10)  # new weights are never right
+    tokens = [t.drawn for _, harvest in harvests for group in harvest.groups for t in group.trajectories]
+    plan = forecast.forecast(made, "rl", made.config(), found)
+    assert plan.tokens == pytest.approx(12 * 2 * 4 * sum(tokens) / len(tokens), abs=1)
+    monkeypatch.setattr(probe, "GROUPS", 64)
+    few = recipe(rl={"rewards": rewards, "evaluate_every": 0, "steps": 2, "warmup_steps": 0})
+    harvests.clear()
+    probe.measure(few.to_toml(), "rl", tmp_path / "model", prepared, tmp_path)
+    assert len(harvests) == 2  # a run of two steps has no third
 
 
 def test_a_served_plan_stands_on_what_was_measured(prepared, tmp_path, quick):

@@ -183,7 +183,7 @@ def test_calibration_sets_the_shares():
     other = Entry("decode", signature(config), {"weights": "bf16", "batch": 4, "context": 512}, {"seconds": 1.0}, "today")
     large = {"weights": "int8", "batch": 64, "context": 512}
     many = Entry("decode", signature(config), large, {"seconds": 2 * plain.decode(64, 512).roofline}, "today")
-    measured = plain.calibrated(Profile("cpu", "", "", "today", entries=(many, decode, prefill, other)))
+    measured = plain.calibrated(Profile("cpu", "", "", 0, "today", entries=(many, decode, prefill, other)))
     assert measured.measured and not plain.measured
     assert measured.decode(4, 512).seconds == pytest.approx(seconds["decode"])
     assert measured.decode(64, 512).seconds == pytest.approx(many.rates["seconds"])
@@ -191,11 +191,11 @@ def test_calibration_sets_the_shares():
     assert [measured.decode(batch, 512).share for batch in (1, 4, 16, 64, 500)] == pytest.approx([1 / 3, 1 / 3, 5 / 12, 1 / 2, 1 / 2])
     assert measured.prefill_share == pytest.approx(0.5, rel=0.03)
     two = Deployment(config, H800, Layout(tensor=2), FORMATS["int8"])  # of several devices, what one of them reached counts
-    assert two.calibrated(Profile("gpu", "", "", "today", entries=(decode, prefill))).decode(4, 512).share == pytest.approx(
+    assert two.calibrated(Profile("gpu", "", "", 0, "today", entries=(decode, prefill))).decode(4, 512).share == pytest.approx(
         Deployment(config, H800, format=FORMATS["int8"]).decode(4, 512).roofline / seconds["decode"]
     )
     for nothing in ((), (decode,), (other, prefill)):  # of this format both are needed
-        assert plain.calibrated(Profile("cpu", "", "", "today", entries=nothing)) == plain
+        assert plain.calibrated(Profile("cpu", "", "", 0, "today", entries=nothing)) == plain
 
 
 def test_margins_of_the_published_day():

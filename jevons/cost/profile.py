@@ -2,15 +2,17 @@
 
 `jevons plan RECIPE --calibrate` (stages/calibrate.py) writes it, the planner and the stages' own plans read it, without torch. A file
 holds a profile a device, and a profile an entry for every shape that was measured, so several recipes' calibrations live side by side.
-What no longer holds is not used, and said: another processor, another torch, another shape. Lists of entries grow by what is measured; an
-entry measured again replaces the one before it.
+What no longer holds is not used, and said: another processor, torch, number of threads or shape. Lists of entries grow by what is
+measured; an entry measured again replaces the one before it.
 
     kind      shape (what must be equal, beside the model)       rates (what was measured; seconds are wall clock)
     train     the section's options but how often, the data      start, step, validation, sample, checkpoint, finish, memory
     sft       the section's options but how many and how often   start, step, sample, checkpoint, finish, memory; tokenise and validation
                                                                  (of a chat each); documents, kept (their share), length (tokens of a chat)
-    rl        the section's options but how often                start, held_out, sample, checkpoint, finish, memory; rollout, grading,
-                                                                 training, drawn, read, trained (of a step); prompt, answer (tokens)
+    rl        the section's options but how often                start, held_out, sample, checkpoint, finish, memory; groups, silent (how
+                                                                 many were sampled, agreed); rollout, grading, drawn, read (of a group),
+                                                                 training, trained (of one that is trained on), update (of a step that
+                                                                 trains); prompt, answer (tokens)
     evaluate  the section's options, tasks, length of text       start, text, memory; answers, grading, drawn, read (of all tasks); prompt,
                                                                  answer (tokens of one); untrained (0 or 1)
     serve     weights, dtype, cache_gb, clients, prompt, output  start, wave (a request of every client), requests, memory, cache and scalar
@@ -65,6 +67,7 @@ class Profile:
     device: str  # as train/device.py describes it
     processor: str  # of the machine, which needs no torch to know
     torch: str  # version
+    threads: int  # that the environment asked for; 0: torch chose how many, which `device` has in its name
     measured: str
     peak_flops: dict[str, float] = dataclasses.field(default_factory=dict)  # by dtype: "bfloat16", "float32"
     bandwidth: float = 0.0  # bytes/s of memory
@@ -74,7 +77,7 @@ class Profile:
     @classmethod
     def load(cls, root: Path, device: str | None = None) -> Profile | None:
         """The newest profile of this machine in root/calibration.json that still holds, or that of `device`; None where there is none."""
-        held = [p for p in profiles(root) if not p.stale() and device in (None, p.device)]
+        held = [p for p in profiles(root) if not p.stale() and (p.device == device or (device is None and not p.other_threads()))]
         return max(held, key=lambda p: p.measured, default=None)
 
     def stale(self) -> str:
@@ -84,6 +87,14 @@ class Profile:
         if self.torch != torch_version():
             return f"{self.device} was measured with torch {self.torch}, here is {torch_version()}"
         return ""
+
+    def other_threads(self) -> str:
+        """Why it does not hold for the threads that this process's torch would have, were it loaded; empty where it does."""
+        asked = processor.threads()
+        if not self.device.startswith("CPU") or asked == self.threads or self.device.endswith(f", {asked} threads"):
+            return ""
+        here, there = (f"OMP_NUM_THREADS={n}" if n else "no OMP_NUM_THREADS" for n in (asked, self.threads))
+        return f"{self.device} was measured with {there}, here is {here}"
 
     def find(self, kind: str, model: ModelConfig | str, **shape: Any) -> Entry | None:
         """What was measured of a model at a shape that agrees with `shape` in every key given."""
@@ -113,6 +124,14 @@ class Profile:
         others = [p for p in profiles(root) if p.device != self.device]
         root.mkdir(parents=True, exist_ok=True)
         write_json(root / FILE, {"profiles": [dataclasses.asdict(p) for p in (*others, self)]})
+
+
+def refused(root: Path) -> str:
+    """Why the newest profile of root/calibration.json does not hold here; empty where one does, or there is none."""
+    if Profile.load(root) is not None or not (found := profiles(root)):
+        return ""
+    newest = max(found, key=lambda p: p.measured)
+    return newest.stale() or newest.other_threads()
 
 
 def profiles(root: Path) -> list[Profile]:

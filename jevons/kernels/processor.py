@@ -5,6 +5,7 @@ Elsewhere than under Linux the name is Python's and nothing is known of its abil
 
 from __future__ import annotations
 
+import os
 import platform
 from pathlib import Path
 
@@ -25,6 +26,12 @@ def flags() -> list[str] | None:
 def multiplies_bf16() -> bool:
     """Whether it has products in bf16. One without takes up to sixty times as long for them as for products in fp32."""
     return bool({"avx512_bf16", "amx_bf16", "bf16"} & {*(_field("flags") or _field("Features") or "").split()})  # the latter on ARM
+
+
+def threads() -> int:
+    """How many the environment asks torch to compute with; 0: it chooses."""
+    asked = (os.environ.get(name, "").partition(",")[0].strip() for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"))
+    return next((int(text) for text in asked if text.isdigit()), 0)
 
 
 def _field(key: str) -> str:

@@ -171,7 +171,8 @@ def _keep(root: Path, name: str, about: dict[str, Any], entries: list[Entry]) ->
     """A device's profile with new entries; older ones stay where they still hold."""
     old = Profile.load(root, name)
     now = time.strftime("%Y-%m-%d %H:%M:%S")
-    profile = Profile(name, processor.name(), torch_version(), now, entries=old.entries if old else (), **about).add(*entries)
+    kept = old.entries if old else ()
+    profile = Profile(name, processor.name(), torch_version(), processor.threads(), now, entries=kept, **about).add(*entries)
     profile.save(root)
     return profile
 

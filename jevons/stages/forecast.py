@@ -8,10 +8,10 @@ Seconds of a stage are those of its parts times how often the recipe has them: s
 checkpoints, end. What a calibration depends on is in `shape`: every option of the section but those that only say how often, and what it
 learns from. So a plan follows the recipe when steps or intervals change, and is not made where anything else did.
 
-What can drift: the length of answers (the plan has that of the first steps, or of a model of before), and the share of groups that teach,
-which falls as a model learns; both change a step of reinforcement learning. Speed does not depend on what a model has learned, so
-fine-tuning and evaluation are planned before their model is there: from new weights of its shape, answers then as long as assumed. Not
-done: reinforcement learning whose model another stage has yet to make; fine-tuning that stops early.
+What can drift: the length of answers (the plan has that of the first steps, or of a model of before), and the share of groups that agree,
+so teach nothing: it is counted in what a calibration samples of the run's own first steps, and changes as a model learns. Speed does not
+depend on what a model has learned, so fine-tuning and evaluation are planned before their model is there: from new weights of its shape,
+answers then as long as assumed. Not done: reinforcement learning whose model another stage has yet to make; fine-tuning that stops early.
 """
 
 from __future__ import annotations
@@ -98,6 +98,12 @@ def drift(recipe: Recipe, stage: str, entry: Entry) -> str:
     """What a plan from a measurement still assumes; empty where it assumes nothing that is not always so."""
     if stage == "evaluate" and entry.rates["untrained"]:
         return f"evaluate: answers of {entry.rates['answer']:,.0f} tokens, half of evaluate.max_tokens; its model is not trained yet"
+    if stage == "rl" and recipe.rl is not None:
+        rates, share = entry.rates, silent_share(entry.rates)
+        becomes = "are replaced" if recipe.rl.no_signal == "refill" else "are not trained on"
+        becomes = "are trained on all the same" if trains_all(recipe.rl) else becomes
+        seen = f"{rates['silent']:,.0f} of {rates['groups']:,.0f} did"
+        return f"rl: {share:.0%} of groups agree and {becomes} ({seen}), answers of {rates['answer']:,.0f} tokens; both change as it learns"
     if stage == "sft" and recipe.sft is not None and recipe.sft.patience:
         return "sft: all of its steps, though sft.patience may end it early"
     return ""
@@ -177,12 +183,33 @@ def text_flops(recipe: Recipe, config: ModelConfig) -> float:
     return recipe.evaluate.windows * length * forward_flops(config, length / 2)
 
 
+def trains_all(options: Rl) -> bool:
+    """Whether groups without a signal are trained on, too: a pull to the reference needs none."""
+    return bool(options.kl_weight) and options.no_signal == "drop"
+
+
+def silent_share(rates: dict[str, float]) -> float:
+    """Of groups, how many will all agree: by Laplace's rule, since a few that all teach do not mean that all will."""
+    return (rates["silent"] + 1) / (rates["groups"] + 2)
+
+
+def group_counts(options: Rl, silent: float) -> tuple[float, float, float]:
+    """Groups that a step samples, groups that it trains on, and the share of steps that train, where groups agree with that probability."""
+    rounds = options.refill_rounds if options.no_signal == "refill" else 1
+    sampled = options.problems * sum(silent**i for i in range(rounds))  # each round replaces those that agreed in the one before
+    if trains_all(options):
+        return sampled, sampled, 1.0
+    return sampled, sampled * (1 - silent), 1 - silent ** (options.problems * rounds)
+
+
 def _rl(options: Rl, config: ModelConfig, rates: dict[str, float]) -> tuple[int, float, float]:
     steps, evaluated, shown = options.steps, options.evaluate_every > 0, options.sample_every > 0
-    seconds = rates["start"] + steps * (rates["rollout"] + rates["grading"] + rates["training"]) + rates["finish"]
+    sampled, taught, training = group_counts(options, silent_share(rates))
+    step = sampled * (rates["rollout"] + rates["grading"]) + taught * rates["training"] + training * rates["update"]
+    seconds = rates["start"] + steps * step + rates["finish"]
     seconds += (evaluated + times(options.evaluate_every, steps, last=evaluated)) * rates["held_out"]
     seconds += times(options.sample_every, steps, last=shown) * rates["sample"] + times(options.save_every, steps) * rates["checkpoint"]
     context = rates["prompt"] + rates["answer"]
-    trained = token_flops(config, options, context)
-    flops = (rates["drawn"] + rates["read"]) * forward_flops(config, context / 2) + rates["trained"] * trained
-    return round(steps * rates["drawn"]), steps * flops, seconds
+    flops = sampled * (rates["drawn"] + rates["read"]) * forward_flops(config, context / 2)
+    flops += taught * rates["trained"] * token_flops(config, options, context)
+    return round(steps * sampled * rates["drawn"]), steps * flops, seconds

@@ -24,7 +24,7 @@ from jevons.cost.deployment import FORMATS
 from jevons.cost.hardware import Cluster, Hardware, parse_cluster, this_machine
 from jevons.cost.memory import Change, smallest_change
 from jevons.cost.price import Prices
-from jevons.cost.profile import Profile
+from jevons.cost.profile import Profile, refused
 from jevons.cost.published import names, published
 from jevons.cost.result import recorded
 from jevons.cost.scaling import Suggestion, best, read_measured
@@ -298,6 +298,8 @@ def _stages(plan: Plan, recipe: Recipe, config: ModelConfig, options: Options, h
             assumed += [drift] if (drift := forecast.drift(recipe, stage.stage, entry)) else []
         elif profile is not None and profile.entries and stage.stage in forecast.KIND:
             stage = replace(stage, basis=f"{stage.basis}; {forecast.reason(recipe, stage.stage, config, profile)}")
+        elif profile is None and stage.stage in forecast.KIND and on.device.name == this_machine(hardware).device.name:
+            stage = replace(stage, basis=f"{stage.basis}; {why}" if (why := refused(options.root)) else stage.basis)
         room = ROOM * on.device.memory
         if (needed := stage.memory_needed) is not None and needed > room:
             shortages.append(Shortage(stage.stage, needed, room, smallest_change(outlook.trials(stage.stage), room)))

@@ -21,8 +21,10 @@ from tempfile import TemporaryDirectory
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from jevons.cost.profile import Entry, signature
+from jevons.data.batch import Batch
 from jevons.data.disk import new_folder
 from jevons.data.text import BadLines, read_documents
 from jevons.data.tokenizer import Tokenizer
@@ -36,7 +38,7 @@ from jevons.stages import pretrain as pretraining
 from jevons.stages import sft as tuning
 from jevons.stages.classroom import Classroom, Harvest
 from jevons.stages.exam import Exam
-from jevons.stages.forecast import ANSWER, KIND, shape
+from jevons.stages.forecast import ANSWER, KIND, shape, trains_all
 from jevons.stages.origin import make_trainer
 from jevons.stages.reference import Reference
 from jevons.stages.rehearsal import rehearse
@@ -47,6 +49,7 @@ from jevons.tasks.grade import Grader
 from jevons.train import device
 from jevons.train.conversation import validation_loss as chat_loss
 from jevons.train.corpus import validation_loss
+from jevons.train.loss import Loss
 from jevons.train.policy import policy_loss
 from jevons.train.trainer import Trainer
 
@@ -54,7 +57,7 @@ SECONDS = 25.0  # of steps, at least
 STEPS = 6  # at least, the first ones included, unless they take longer than MOST
 MOST = 60.0  # seconds, after which one step has to do
 WARM = 2  # steps that are not like the others
-LEARNED, SAMPLED = 2, 8  # steps of reinforcement learning that train, that only sample: at most
+GROUPS = 64  # of reinforcement learning that are sampled at most, or a step's
 CHATS, HELD_OUT = 1000, 8  # of fine-tuning, that are tokenised and whose loss is measured
 WINDOWS = 16  # of held-out text
 WRITTEN = 2**29  # bytes of a checkpoint that are written
@@ -197,47 +200,85 @@ def _rl(recipe: Recipe, source: Path | None, prepared: Path | None, aside: Path,
         classroom.measure()
         rates["held_out"] = clock.lap()
 
-    harvests: list[Harvest] = []
-    points: list[tuple[int, float]] = []  # tokens trained on, seconds
-    began = time.perf_counter()
-    while len(harvests) < SAMPLED and (len(points) < LEARNED or time.perf_counter() - began < SECONDS):
-        engine.new_weights(len(harvests))
-        harvests.append(classroom.collect(len(harvests), 0.0, lambda drawn: None))
-        if len(points) < LEARNED and (tokens := _tokens(harvests[-1], options)):
-            if where.type == "cuda":
-                engine.release()
-            clock.lap()
-            learn(trainer, harvests[-1], options, loss, options.lr, reference)
-            device.synchronize(where)
-            points.append((tokens, clock.lap()))
+    harvests, seconds = _practise(trainer, classroom, options, loss, reference, where)
+    rates["start"] += seconds.warm
     engine.new_weights(len(harvests))
     clock.lap()
     if options.sample_every:
         classroom.show(0)
         rates["sample"] = clock.lap()
     classroom.close()
-    answers = [t for harvest in harvests for group in harvest.groups for t in group.trajectories]
+    groups = [group for harvest in harvests for group in harvest.groups]
+    answers = [t for group in groups for t in group.trajectories]
+    # where the recipe leaves groups without a signal out, those that have one, whose answers may be longer
+    taught = groups if trains_all(options) else [group for harvest in harvests for group in harvest.kept] or groups
+    trained = fmean(_tokens([group], options) for group in taught)
     rates |= {
-        "rollout": fmean(h.seconds for h in harvests),
-        "grading": fmean(h.grading for h in harvests),
-        "training": fmean(_training(_tokens(h, options), points) for h in harvests),
+        "groups": float(len(groups)),
+        "silent": float(sum(harvest.dropped for harvest in harvests)),
+        "rollout": sum(h.seconds for h in harvests) / len(groups),
+        "grading": sum(h.grading for h in harvests) / len(groups),
+        "drawn": sum(t.drawn for t in answers) / len(groups),
+        "read": sum(h.read for h in harvests) / len(groups),
         "prompt": fmean(len(t.prompt) for t in answers),
         "answer": fmean(len(t.tokens) for t in answers),
-        "drawn": sum(t.drawn for t in answers) / len(harvests),
-        "read": fmean(h.read for h in harvests),
-        "trained": fmean(_tokens(h, options) for h in harvests),
+        "trained": trained,
+        "training": trained * seconds.token,
+        "update": seconds.fixed,
     }
     return signature(model.config), {"held_out": 0.0, "sample": 0.0} | rates | _writing(trainer, aside)
 
 
-def _tokens(harvest: Harvest, options: Rl) -> int:
-    """What a step trains on: groups without a signal are left out."""
-    return sum(batch.num_tokens for part, _ in lessons(harvest, options) for batch in pack(part, options))
+@dataclass(frozen=True)
+class Updates:
+    """Seconds of a step that trains: of a token, of what does not depend on tokens (the optimizer), and what the first took beyond that."""
+
+    token: float = 0.0
+    fixed: float = 0.0
+    warm: float = 0.0
 
 
-def _training(tokens: int, points: list[tuple[int, float]]) -> float:
-    """Seconds of a step that trains on so many tokens, by the steps that did: in proportion. 0 where none taught."""
-    return tokens * sum(s for _, s in points) / sum(t for t, _ in points) if points else 0.0
+def _practise(
+    trainer: Trainer,
+    classroom: Classroom,
+    options: Rl,
+    loss: Callable[[Tensor, Tensor, Batch], Loss],
+    reference: Reference | None,
+    where: torch.device,
+) -> tuple[list[Harvest], Updates]:
+    """Steps of the run, sampled in its own order and by its own seeds, until GROUPS or SECONDS of them show how many groups teach. Then
+    updates at a learning rate of 0, so that nothing was learned: of one group, of it again, of as many as a step has. All of them train,
+    with a signal or without, which is the same work.
+    """
+    harvests, sampled = list[Harvest](), 0.0
+    while not harvests or (len(harvests) < options.steps and sum(len(h.groups) for h in harvests) < GROUPS and sampled < SECONDS):
+        classroom.engine.new_weights(len(harvests))
+        harvests.append(classroom.collect(len(harvests), 0.0, lambda drawn: None))
+        sampled += harvests[-1].seconds + harvests[-1].grading
+    if where.type == "cuda":
+        classroom.engine.release()
+    step, points = harvests[0].groups[: options.problems], list[tuple[int, float]]()
+    for groups in (step[:1], step[:1], step):
+        clock = Clock()
+        learn(trainer, Harvest(groups, groups, 0.0, 0.0), options, loss, 0.0, reference)
+        device.synchronize(where)
+        points.append((_tokens(groups, options), clock.lap()))
+    return harvests, updates(points)
+
+
+def updates(points: list[tuple[int, float]]) -> Updates:
+    """By a first step, the same again, and one of more tokens: (tokens, seconds) each. Seconds are linear in tokens."""
+    (_, first), (few, short), (many, long) = points
+    token = (long - short) / (many - few) if many > few else 0.0
+    fixed = short - few * token
+    if token <= 0 or fixed < 0:  # nothing to tell them apart by, or less than noise
+        token, fixed = (short + long) / (few + many), 0.0
+    return Updates(token, fixed, max(first - short, 0.0))
+
+
+def _tokens(groups: list[Group], options: Rl) -> int:
+    """What a step on these trains on."""
+    return sum(batch.num_tokens for part, _ in lessons(Harvest(groups, groups, 0.0, 0.0), options) for batch in pack(part, options))
 
 
 def _evaluate(
