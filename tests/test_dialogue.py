@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -13,8 +14,9 @@ from jevons.data.tokenizer import SPECIAL_TOKENS, train_bpe
 from jevons.data.trajectory import Lesson, pack_lessons
 from jevons.engine.engine import Event
 from jevons.engine.sequence import Sample, SamplingParams
+from jevons.stages import rollout
 from jevons.stages.dialogue import arguments, bridge, read_reply, template_of
-from jevons.stages.rollout import Asked, Sampler
+from jevons.stages.rollout import WAIT, Asked, Sampler
 from jevons.tasks.task import Problem
 from jevons.tasks.tool import Equipped
 
@@ -138,3 +140,92 @@ def test_turns_end_with_the_budget_and_the_allowance():
     assert not group.trajectories[0].finished  # it called and could not be answered
     _, engine, group = sampler([CALLING.replace("1+2", "1+"), CALLING, CALLING], max_tokens=900)
     assert len(engine.asked) == 3 and "error" in engine.tokenizer.decode(group.trajectories[0].tokens)
+
+
+@dataclass(frozen=True)
+class Slow(Sums):
+    """Its tool waits for `ready`, then says how long the expression is."""
+
+    ready: Any = None
+
+    def quick(self, name):
+        return False
+
+    def call(self, problem, name, arguments):
+        self.ready(arguments["expression"])
+        return str(len(arguments["expression"]))
+
+
+class Stepped(Scripted):
+    """Draws a token of every answer a step; notes the step before which each turn was submitted, and does what a step was given to do."""
+
+    def __init__(self, tokenizer, turns, at_step=None):
+        super().__init__(tokenizer, turns)
+        self.steps, self.submitted, self.under_way, self.at_step = 0, [], {}, at_step or {}
+
+    def submit(self, prompt, params):
+        id = super().submit(prompt, params)
+        self.under_way[id] = self.tokenizer.encode(self.turns[id])
+        self.submitted.append(self.steps)
+        return id
+
+    def step(self):
+        assert self.under_way
+        self.steps += 1
+        self.at_step.get(self.steps, int)()
+        events = []
+        for id, tokens in list(self.under_way.items()):
+            whole = self.tokenizer.encode(self.turns[id])
+            done = len(tokens) == 1
+            sample = Sample(whole, [-1.0] * len(whole), [-1.0] * len(whole), "stop", self.version) if done else None
+            events.append(Event(id, tokens[0], -1.0, -1.0, [], 0, 0.0, sample))
+            self.under_way[id] = tokens[1:]
+            if done:
+                del self.under_way[id]
+        return events
+
+
+def sampled(turns, ready, size, at_step=None):
+    task = Slow(tools_=("calculator",), ready=ready)
+    tokenizer = make(DEFAULT_TEMPLATE)
+    engine = Stepped(tokenizer, turns, at_step)
+    asked = [Asked(task, task.problem("train", 0, 0), (0, 0))]
+    (group,) = Sampler(engine, tokenizer, SamplingParams(max_tokens=900), 3).sample(asked, size, ("x",), lambda drawn: None)
+    return engine, group
+
+
+@pytest.mark.parametrize("answers", [1, 2])
+def test_calls_are_made_at_once_and_answered_in_order(answers, monkeypatch):
+    """Both of one turn, or one of each of two answers: they wait for each other here."""
+    monkeypatch.setattr(rollout, "PROCESSES", 2)
+    call = CALLING.replace("<|im_end|>", "") + CALLING.replace("1+2", "10+20") if answers == 1 else CALLING
+    together = threading.Barrier(2)
+    _, group = sampled([call] * answers + ["3<|im_end|>"] * answers, lambda expression: together.wait(60), answers)
+    between = "\n\n[calculator] 3\n\n[calculator] 5\n\n" if answers == 1 else "\n\n[calculator] 3\n\n"
+    for transcript, t in zip(group.transcripts, group.trajectories):
+        assert transcript.endswith(between + "3") and t.turns == 2 and t.finished
+    assert group.texts == ["3"] * answers
+
+
+def test_others_go_on_while_a_tool_works_and_its_speed_changes_nothing():
+    """The first answer's tool does not come back before the second has drawn ten tokens more; one that is done at once gives the same."""
+    long = "word " * 40 + "<|im_end|>"
+    called = len(make(DEFAULT_TEMPLATE).encode(CALLING))
+    go = threading.Event()
+    waits = sampled([CALLING, long, "3<|im_end|>"], lambda expression: go.wait(60) or pytest.fail("stalled"), 2, {called + 10: go.set})
+    at_once = sampled([CALLING, long, "3<|im_end|>"], lambda expression: None, 2)
+    assert waits[0].submitted == at_once[0].submitted == [0, 0, called + WAIT]
+    assert [t.tokens for t in waits[1].trajectories] == [t.tokens for t in at_once[1].trajectories]
+
+
+def test_nothing_else_to_sample_means_no_delay():
+    engine, _ = sampled([CALLING, "3<|im_end|>"], lambda expression: None, 1)
+    assert engine.submitted == [0, engine.steps - len(engine.tokenizer.encode("3<|im_end|>"))]
+
+
+def test_a_tool_that_fails_is_our_fault_and_raises():
+    def broken(expression):
+        raise OSError("no process can be started")
+
+    with pytest.raises(OSError, match="no process"):
+        sampled([CALLING, "3<|im_end|>"], broken, 1)

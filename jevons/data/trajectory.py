@@ -44,6 +44,11 @@ class Trajectory:
     def drawn(self) -> int:
         return sum(self.own)
 
+    @property
+    def turns(self) -> int:
+        """How often the model spoke."""
+        return sum(now and not before for before, now in zip([False, *self.own], self.own))
+
 
 @dataclass
 class Lesson:

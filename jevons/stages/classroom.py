@@ -178,8 +178,8 @@ class Classroom:
         groups = self.sampler.sample(asked, TRIES, (self.seed, step, "shown"), lambda drawn: None)
         grade_groups(groups, self.graders, self.rewards, step)
         for group in groups:
-            right = [text for text, score in zip(group.texts, group.scores) if score == 1.0]
-            wrong = [text for text, score in zip(group.texts, group.scores) if score != 1.0]
+            right = [text for text, score in zip(group.transcripts, group.scores) if score == 1.0]
+            wrong = [text for text, score in zip(group.transcripts, group.scores) if score != 1.0]
             row: dict[str, Any] = {"prompt": group.asked.problem.prompt, "reply": (right or wrong)[0], "correct": bool(right)}
             if right and wrong:
                 row["other"] = {"reply": wrong[0], "correct": False}

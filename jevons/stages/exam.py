@@ -221,7 +221,7 @@ def _examples(sheet: Sheet, count: int) -> list[dict[str, Any]]:
         problem, places = group.asked.problem, [score == 1.0 for score in group.scores]
         for correct in {True, False} & set(places):
             i = places.index(correct)
-            example = {"prompt": problem.prompt, "reply": group.texts[i], "answer": problem.answer, "correct": correct}
+            example = {"prompt": problem.prompt, "reply": group.transcripts[i], "answer": problem.answer, "correct": correct}
             found[correct].append(example | {"difficulty": problem.difficulty, "unfinished": not group.trajectories[i].finished})
     right, wrong = found[True], found[False]
     take = min(len(wrong), max(count // 2, count - len(right)))

@@ -3,11 +3,17 @@
 The engine samples with the trainer's own module, so there are no weights to send and no second implementation to disagree with. Every
 answer has a seed of its own, made of the run's seed and of where in the run it stands; so what a step samples depends on the weights and
 nothing else, and a resumed run samples what the killed one did.
+
+Tools that take their time run in threads while others go on being sampled. When an answer goes on must not depend on how fast a tool was,
+since a product of other rows is rounded otherwise: it is so many steps of the engine after the call, or at once where nothing else is
+sampled. A tool that takes longer is waited for.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any
@@ -20,8 +26,11 @@ from jevons.engine.sequence import Sample, SamplingParams
 from jevons.server.parser import opens_thinking
 from jevons.stages.dialogue import arguments, bridge, prompt_ids, read_reply, template_of
 from jevons.tasks.grade import Grader
+from jevons.tasks.pool import PROCESSES
 from jevons.tasks.reward import Answer, Rewards
 from jevons.tasks.task import Problem, Task
+
+WAIT = 32  # steps of the engine between a call that may take long and what follows it
 
 
 @dataclass(frozen=True)
@@ -42,6 +51,7 @@ class Group:
     texts: list[str]  # the last turn of each
     scores: list[float] = field(default_factory=list)
     parts: list[dict[str, float]] = field(default_factory=list)
+    transcripts: list[str] = field(default_factory=list)  # all turns of each, tools' answers between them
 
     @property
     def rewards(self) -> list[float]:
@@ -59,6 +69,18 @@ class Talk:
     params: SamplingParams
     turns: int = 0
     last: list[int] = field(default_factory=list)  # the last turn's tokens
+    before: str = ""  # earlier turns and tools' answers, to be read
+
+
+@dataclass
+class Waiting:
+    """An answer whose tools are at work: which one, what it said, what they will say, and the step at which it goes on."""
+
+    row: int
+    i: int
+    reply: Message
+    results: list[Message | Future[Message]]
+    due: int
 
 
 def seed_of(*place: Any) -> int:
@@ -87,31 +109,55 @@ class Sampler:
         """
         rows = [(Group(a, [], []), self._talks(a, size, place)) for a in asked]
         under_way: dict[int, tuple[int, int]] = {}
+        waiting: deque[Waiting] = deque()
         left = [size] * len(rows)
-        drawn = 0
+        drawn = steps = 0
+        threads = ThreadPoolExecutor(PROCESSES)
+
+        def submit(row: int, i: int) -> None:
+            talk = rows[row][1][i]
+            under_way[self.engine.submit([*talk.trajectory.prompt, *talk.trajectory.tokens], talk.params)] = row, i
+
         try:
-            for row, (_, talks) in enumerate(rows):
-                for i, talk in enumerate(talks):
-                    under_way[self.engine.submit(talk.trajectory.prompt, talk.params)] = row, i
-            while under_way:
-                finished = []
-                for event in self.engine.step():
+            for row in range(len(rows)):
+                for i in range(size):
+                    submit(row, i)
+            while under_way or waiting:
+                finished, ended = [], list[tuple[int, int]]()
+                for event in self.engine.step() if under_way else ():
                     drawn += 1
                     if event.sample is None:
                         continue
                     row, i = under_way.pop(event.id)
+                    talk = rows[row][1][i]
+                    if reply := self._take(talk, event.sample):
+                        results = [self._call(talk, call, threads) for call in reply.tool_calls]
+                        slow = any(isinstance(result, Future) for result in results)
+                        waiting.append(Waiting(row, i, reply, results, steps + WAIT * slow))
+                    else:
+                        ended.append((row, i))
+                if not under_way and waiting:
+                    steps = max(steps, min(w.due for w in waiting))
+                for w in [w for w in waiting if w.due <= steps]:
+                    waiting.remove(w)
+                    group, talks = rows[w.row]
+                    answers = [result.result() if isinstance(result, Future) else result for result in w.results]
+                    if self._go_on(talks[w.i], w.reply, answers, (*place, group.asked.key, w.i)):
+                        submit(w.row, w.i)
+                    else:
+                        ended.append((w.row, w.i))
+                for row, _ in ended:
                     group, talks = rows[row]
-                    if self._take(talks[i], event.sample, (*place, group.asked.key, i)):
-                        t = talks[i].trajectory
-                        under_way[self.engine.submit([*t.prompt, *t.tokens], talks[i].params)] = row, i
-                        continue
                     left[row] -= 1
                     if not left[row]:
                         group.trajectories = [talk.trajectory for talk in talks]
                         group.texts = [self._text(talk) for talk in talks]
+                        group.transcripts = [talk.before + text for talk, text in zip(talks, group.texts)]
                         finished.append(group)
+                steps += 1
                 yield finished, drawn
         finally:
+            threads.shutdown(cancel_futures=True)
             self.engine.abort_all()
 
     def _talks(self, asked: Asked, size: int, place: tuple[Any, ...]) -> list[Talk]:
@@ -148,8 +194,8 @@ class Sampler:
         text = self.tokenizer.decode(prompt[-16:])
         return text[text.rindex(THINK) :]
 
-    def _take(self, talk: Talk, sample: Sample, place: tuple[Any, ...]) -> bool:
-        """Add a turn to its trajectory, and tools' answers where it called any; whether another turn follows."""
+    def _take(self, talk: Talk, sample: Sample) -> Message | None:
+        """Add a turn to its trajectory; what it said, where it called tools and another turn may follow."""
         t = talk.trajectory
         t.tokens += sample.tokens
         t.own += [True] * len(sample.tokens)
@@ -162,17 +208,20 @@ class Sampler:
         talk.last, talk.turns = sample.tokens, talk.turns + 1
         tools = self._tools(talk.asked.task)
         if not tools or not t.finished or talk.turns == self.turns:
-            return False
+            return None
         reply = read_reply(self.tokenizer, sample.tokens, opened=bool(talk.opening), tools=tools)
-        if not reply.tool_calls:
-            return False
-        results = [self._call(talk, call) for call in reply.tool_calls]
-        text = bridge(template_of(self.tokenizer), talk.messages, reply, results, tools)
+        return reply if reply.tool_calls else None
+
+    def _go_on(self, talk: Talk, reply: Message, results: Sequence[Message], place: tuple[Any, ...]) -> bool:
+        """Add what the template writes of tools' answers, up to where the next turn begins; whether there is room for one."""
+        t = talk.trajectory
+        text = bridge(template_of(self.tokenizer), talk.messages, reply, results, self._tools(talk.asked.task))
         between = self.tokenizer.encode(text)
         left = self.params.max_tokens - len(t.tokens) - len(between)
         if left < 1 or len(t.prompt) + len(t.tokens) + len(between) >= self.engine.max_length:
             t.finished = False  # no room to answer
             return False
+        talk.before += self._text(talk) + "".join(f"\n\n[{result.name}] {result.content}" for result in results) + "\n\n"
         t.tokens += between
         t.own += [False] * len(between)
         t.logps += [0.0] * len(between)
@@ -184,13 +233,15 @@ class Sampler:
         talk.params = self._params(left, (*place, talk.turns))
         return True
 
-    def _call(self, talk: Talk, call: dict[str, Any]) -> Message:
-        name, given = call["function"]["name"], arguments(call)
-        if given is None:
-            result = "error: the arguments are not a JSON object"
-        else:
-            result = talk.asked.task.call(talk.asked.problem, name, given)
-        return Message("tool", result, tool_call_id=call["id"], name=name)
+    def _call(self, talk: Talk, call: dict[str, Any], threads: ThreadPoolExecutor) -> Message | Future[Message]:
+        name, given, task = call["function"]["name"], arguments(call), talk.asked.task
+
+        def answer() -> Message:
+            wrong = "error: the arguments are not a JSON object"
+            result = wrong if given is None else task.call(talk.asked.problem, name, given)
+            return Message("tool", result, tool_call_id=call["id"], name=name)
+
+        return answer() if given is None or task.quick(name) else threads.submit(answer)
 
 
 def grade_groups(groups: Sequence[Group], graders: dict[int, Grader], rewards: Rewards, step: int) -> None:

@@ -89,6 +89,7 @@ class Scorecard:
             **({} if all(group.asked.task.trusted for group in groups) else {"verifier_failures": harvest.failures}),
             "groups": len(groups),
             "response_tokens": drawn / len(trajectories),
+            **({"turns": fmean(t.turns for t in trajectories)} if self.options.max_turns > 1 else {}),
             "unfinished": fmean(not t.finished for t in trajectories),
             "lr": lr,
             **summary(learned),

@@ -119,6 +119,10 @@ class Task(Protocol):
         """What a tool answers. A model's malformed call is answered with what is wrong with it, not raised."""
         return f"error: there is no tool {name!r}"
 
+    def quick(self, name: str) -> bool:
+        """Whether a call of this tool returns at once; others are made while the sampler goes on, several at a time."""
+        return True
+
 
 def get_task(name: str, **options: Any) -> Task:
     """The task of this name. Raises ValueError for an unknown name, an unknown option, a bad value or a package that is missing."""

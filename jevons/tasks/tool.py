@@ -65,6 +65,9 @@ class Equipped(Task):
         answer = _python(value) if name == "python" else calculate(value)
         return answer if len(answer) <= MAX_OUTPUT else f"{answer[:MAX_OUTPUT]}\n[cut after {MAX_OUTPUT} characters]"
 
+    def quick(self, name: str) -> bool:
+        return name != "python"
+
 
 def _schema(name: str, parameter: str, description: str) -> dict[str, Any]:
     parameters = {"type": "object", "properties": {parameter: {"type": "string"}}, "required": [parameter]}
