@@ -303,7 +303,7 @@ def test_what_a_run_says(run_, base, capfd):
     folder = run_(samples=2, lora={"rank": 4, "targets": ["attention", "mlp"]})
     losses, tokens, seen = rows(folder, "validation_loss"), rows(folder, "tokens"), rows(folder, "epoch")
     assert list(losses) == [0, 4, 8, 11] and losses[11] < 0.97 * losses[0]
-    assert list(tokens) == list(range(1, 12)) and seen[11] == pytest.approx(11 * 8 / 54)
+    assert list(tokens) == list(range(1, 12)) and seen[11] == 1.5
     samples = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines() if '"sample"' in line]
     assert [row["step"] for row in samples] == [0, 0, 11, 11]
     assert all(row["sample"]["prompt"].startswith("user\nsay ") for row in samples)
@@ -369,6 +369,21 @@ def test_tasks_and_an_earlier_stage(base, tmp_path):
     fields = json.loads((run.folder / "sft/adapter/adapter_config.json").read_text())
     assert fields["base_model_name_or_path"] == str(run.folder / "pretrain/model")
     assert list(rows(run.folder, "validation_loss")) == [0, 3] and len(rows(run.folder, "loss")) == 3
+
+
+def test_an_epoch_shows_each_chat_once(run_, monkeypatch):
+    """The last step takes what is left, and what no step divides is validated all the same once an epoch."""
+    taken = []
+    chosen = Conversations.chosen
+    monkeypatch.setattr(Conversations, "chosen", lambda self, *args: taken.append(chosen(self, *args)) or taken[-1])
+    folder = run_(epochs=2, batch_size=20, evaluate_every=0)
+    assert [len(step) for step in taken] == [20, 20, 20, 20, 20, 8]  # of 54, twice
+    order = [index for step in taken for index in step]
+    assert sorted(order[:54]) == sorted(order[54:]) == list(range(54))
+    assert list(rows(folder, "validation_loss")) == [0, 3, 6] and rows(folder, "epoch")[6] == 2
+    taken.clear()
+    folder = run_("few", epochs=3, batch_size=100, evaluate_every=0)  # more than there are: a step holds some twice
+    assert [len(step) for step in taken] == [100, 62] and list(rows(folder, "validation_loss")) == [0, 1, 2]
 
 
 def test_without_validation(run_):

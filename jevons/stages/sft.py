@@ -82,8 +82,8 @@ def sft(run: Run, recipe: Recipe, interrupt: Interrupt) -> None:
         chats, held_out = read_chats(options, recipe.seed, tokenizer, work)
         model = load_model(source, dtype=getattr(torch, recipe.dtype), device=where)
         trainer = make_trainer(model, options, recipe.seed)
-        per_epoch = ceil(len(chats) / options.batch_size)
-        steps = ceil(len(chats) * options.epochs / options.batch_size)
+        count = reads(chats, options)
+        steps = ceil(count / options.batch_size)
         schedule = build(
             options.schedule,
             peak=options.lr,
@@ -104,9 +104,9 @@ def sft(run: Run, recipe: Recipe, interrupt: Interrupt) -> None:
             entry = measured(recipe, "sft", model.config, Profile.load(run.folder.parent, run.device))
             spent = spending.update().seconds
             spending.receipt.planned = (
-                forecast(recipe, "sft", model.config, entry)
+                forecast(recipe, "sft", model.config, entry, run.carried)
                 if entry
-                else _plan(trainer, chats, held_out, options, steps, flops, recipe.price_per_hour, spent)
+                else _plan(trainer, chats, held_out, options, count, flops, recipe.price_per_hour, spent)
             )
 
         with Meter("sft", steps) as meter:
@@ -120,10 +120,10 @@ def sft(run: Run, recipe: Recipe, interrupt: Interrupt) -> None:
                 metrics, norm = train_step(trainer, chats, options, recipe.seed, state.step, lr)
                 state.step, state.tokens = state.step + 1, state.tokens + metrics.tokens
                 last = state.step == steps
-                if last or state.step % (options.evaluate_every or per_epoch) == 0:
+                if last or validates(chats, options, state.step):
                     _validate(run, model, held_out, options, state, work)
                 last = last or _stopped(state, options)
-                epoch = state.step * options.batch_size / len(chats)
+                epoch = min(state.step * options.batch_size, count) / len(chats)
                 log.add(state.step, metrics, norm, lr, force=last or state.step % options.log_every == 0, epoch=epoch)
                 if last:
                     _restore(model, options, work)
@@ -213,9 +213,22 @@ def read_chats(options: Sft, seed: int, tokenizer: Tokenizer, work: Path) -> tup
     return train.split(count, seed)
 
 
+def reads(chats: Conversations, options: Sft) -> int:
+    """How many conversations are read, all epochs together: the last step takes what is left of them."""
+    return max(1, round(len(chats) * options.epochs))
+
+
+def validates(chats: Conversations, options: Sft, step: int) -> bool:
+    """Whether the validation loss is due after so many steps: every so many, else after the step in which an epoch ends."""
+    if options.evaluate_every:
+        return step % options.evaluate_every == 0
+    return step * options.batch_size // len(chats) > (step - 1) * options.batch_size // len(chats)
+
+
 def train_step(trainer: Trainer, chats: Conversations, options: Sft, seed: int, step: int, lr: float) -> tuple[Metrics, float]:
     """One optimizer step. FloatingPointError names step and conversations where a loss or gradient is not finite."""
-    indices = chats.chosen(step * options.batch_size, options.batch_size, seed)
+    first = step * options.batch_size
+    indices = chats.chosen(first, min(options.batch_size, reads(chats, options) - first), seed)
     try:
         metrics = trainer.forward_backward(list(chats.batches(indices, options.micro_batch_tokens)), answer_token)
         return metrics, trainer.step(lr)
@@ -272,11 +285,11 @@ def show_replies(run: Run, model: Transformer, tokenizer: Tokenizer, chats: Conv
 
 
 def _plan(
-    trainer: Trainer, chats: Conversations, held_out: Conversations, options: Sft, steps: int, flops: float, price: float, spent: float
+    trainer: Trainer, chats: Conversations, held_out: Conversations, options: Sft, count: int, flops: float, price: float, spent: float
 ) -> Plan:
     """What the stage will take, from the time of a real micro-batch whose gradients are thrown away; validation takes a third a token.
 
-    `spent`: seconds of the stage so far.
+    `count`: conversations that are read. `spent`: seconds of the stage so far.
     """
     batch = next(chats.batches(range(len(chats)), options.micro_batch_tokens))
     seconds = 0.0
@@ -286,9 +299,8 @@ def _plan(
         device.synchronize(trainer.device)
         seconds = time.perf_counter() - start
         trainer.optimizer.clear()
-    tokens = round(steps * options.batch_size * chats.num_tokens / len(chats))
-    per_epoch = ceil(len(chats) / options.batch_size)
-    validations = 1 + ceil(steps / (options.evaluate_every or per_epoch))
+    tokens, steps = round(count * chats.num_tokens / len(chats)), ceil(count / options.batch_size)
+    validations = 1 + sum(step == steps or validates(chats, options, step) for step in range(1, steps + 1))
     total = spent + seconds / batch.num_tokens * (tokens + validations * held_out.num_tokens / 3)
     memory = device.peak_memory(trainer.device) + trainer.optimizer.bytes_to_come()
     return Plan(tokens=tokens, flops=tokens * flops, seconds=total, money=total / 3600 * price, memory=memory)
