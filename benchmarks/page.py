@@ -68,6 +68,19 @@ def training_step_rows(found: dict[str, Any]) -> Rows:
     return rows
 
 
+MODELS = (
+    "Three models, alike in width, depth and attention. The dense one has an ordinary feed-forward in each block. The mixture has many, "
+    "its experts, and a router that sends each token through a few. The one with memory looks up some dozens of rows for a token in tables "
+    "of about a million (UltraMem). Mixture and memory have the same parameters in all, and all three do the same work for a token."
+)
+NOTES = {
+    "Mixture against memory": "A ratio above 1: memory is faster, or reads less. The last column is how fast the bytes would have to be "
+    "read that the mixture reads more, to explain the difference in time.",
+    "Each model": "Cold: with the processor's caches emptied first. Chosen: experts or rows that a layer reads for the whole batch, beside "
+    "how many even choices would take; MB: all that a step reads, GB/s: that over the median.",
+    "What a layer of the trained models chooses": "On text that was not trained on. Fewer than even choices would take: tokens agree on "
+    "rows, so that less is read.",
+}
 TABLES = {
     "latency": {"Mixture against memory": ratio_rows, "Each model": step_of_decoding_rows},
     "loss": {"Losses": loss_rows, "What a layer of the trained models chooses": trained_rows},
@@ -115,8 +128,11 @@ def draw(results: dict[str, Any]) -> str:
         note = f"at batch {best}; {found['ratio'][worst]:.2f}x at {worst}"
         if found["ratio_through_torch"]:
             note += f"; {found['ratio_through_torch'][best]:.2f}x at {best} with both through torch"
-        tiles += tile("decode, mixture over memory", f"{found['ratio'][best]:.2f}x", note)
-        sentences.append(f"At batch {best} memory decodes {found['ratio'][best]:.2f} times as fast as a mixture of the same size and FLOPs")
+        tiles += tile("speed of decoding, memory over mixture", f"{found['ratio'][best]:.2f}x", note)
+        sentences.append(
+            f"With memory layers a model decodes {found['ratio'][best]:.2f} times as fast as a mixture of experts of the same size and "
+            f"work, at batch {best}; at batch {worst} {found['ratio'][worst]:.2f} times"
+        )
         body += _section("Decoding", "latency", found, _latency_charts(found))
     if found := ours.get("loss"):
         moe, memory = (found["models"][name]["loss_at_equal_tokens"] for name in ("moe", "memory"))
@@ -124,13 +140,15 @@ def draw(results: dict[str, Any]) -> str:
         moe, memory = (found["models"][name]["loss_at_equal_time"] for name in ("moe", "memory"))
         tiles += tile("the same at equal time", f"{memory - moe:+.3f}", f"after {duration(found['seconds'])}, {dollars(found['money'])}")
         better = min(found["models"], key=lambda name: found["models"][name]["loss_at_equal_time"])
-        sentences.append(f"The lowest loss at equal time and money has the {TITLES[better]} model")
+        names = {"dense": "the dense model", "moe": "the mixture"}
+        sentences.append(f"For equal time and money {names.get(better, 'the model with memory')} learns most")
         body += _section("Learning", "loss", found, _loss_charts(found))
     if found := ours.get("step"):
         note = f"optimizer {found['ratio']['optimizer']:.2f}x"
         tiles += tile("training step, mixture over memory", f"{found['ratio']['step']:.2f}x", note)
         body += _section("A training step of larger models", "step", found, "")
-    summary = f'<p class="summary">{escape(". ".join(sentences))}.</p><div class="tiles">{tiles}</div>'
+    about = f'<p class="note" style="margin-top:14px">{MODELS}</p>'
+    summary = f'<p class="summary">{escape(". ".join(sentences))}.</p>{about}<div class="tiles">{tiles}</div>'
     return page("Dense, mixture of experts or memory", ["Jevons", results["device"], results["date"]], summary, [], body)
 
 
@@ -155,7 +173,10 @@ def _loss_charts(found: dict[str, Any]) -> str:
 
 def _section(title: str, part: str, found: dict[str, Any], charts: str) -> str:
     made = {name: _lines(make(found)) for name, make in TABLES[part].items()}
-    tables = "".join(f'<h3>{name}</h3><div class="scroll"><table class="plain">{lines}</table></div>' for name, lines in made.items())
+    notes = {name: f'<p class="note">{escape(NOTES[name])}</p>' if name in NOTES else "" for name in made}
+    tables = "".join(
+        f'<h3>{name}</h3>{notes[name]}<div class="scroll"><table class="plain">{lines}</table></div>' for name, lines in made.items()
+    )
     return (
         f'<section><h2>{title}</h2><p class="note">{escape(words(part, found))}.</p>{charts}{tables}'
         f'<p class="note"><code>{escape(found["command"])}</code>, {found["date"]}</p></section>'

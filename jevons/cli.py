@@ -15,7 +15,7 @@ from jevons.stages.key import URL, keys
 
 app = typer.Typer(
     name="jevons",
-    help="A small team's own DeepSeek: pretrain, measure and talk to a sparse language model from one recipe file.",
+    help="A small team's own DeepSeek: train a sparse language model from one recipe file, teach it to reason, serve it, see what it cost.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -58,6 +58,7 @@ def run(
 
     jevons run quickstart name=tiny model.num_hidden_layers=2 pretrain.steps=100
     """
+    _check(recipe, overrides)
     from jevons.stages.life import live
 
     live(recipe, overrides or [], root, stage=stage, again=start)
@@ -106,11 +107,19 @@ def quickstart(
     root: Root = Path("runs"),
 ) -> None:
     """Train a small DeepSeek-V3-style model that does sums with written steps, in minutes on a CPU, and talk to it."""
+    _check("quickstart", overrides)
     from jevons.stages.life import live
 
     folder = live("quickstart", overrides or [], root)
     if chat and sys.stdin.isatty() and sys.stdout.isatty():
         talk(str(folder))
+
+
+def _check(recipe: str, overrides: list[str] | None) -> None:
+    """A mistake in a recipe is told at once: torch takes seconds to load."""
+    from jevons.recipe import load
+
+    load(recipe, overrides or [])
 
 
 @app.command("chat")

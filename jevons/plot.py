@@ -341,9 +341,10 @@ td small{display:block;color:var(--dim);font-weight:400;font-size:12px}section>d
 section>details>summary{font-size:15px;color:var(--ink)}.source{padding:12px 0 4px}@media(max-width:600px){main{padding:30px 18px 60px}
 h1{font-size:31px}.summary{font-size:17px}.tile{flex-basis:140px;padding:13px 14px}.tile strong{font-size:25px}
 .wide .plot{margin-right:70px}table{font-size:13px}td small{font-size:11px}th,td{padding-right:9px}}figure{margin:0 0 26px}
-figcaption{font-size:13px;color:var(--dim);display:flex;gap:.5em;align-items:baseline;margin-bottom:8px}figcaption b{margin-left:auto;
-font-weight:600;font-variant-numeric:tabular-nums}figcaption small{font-size:11px;opacity:.75}.plot{position:relative;margin:0 8px 0 42px;
-touch-action:pan-y}.wide .plot{margin-right:84px}.plot svg{position:absolute;inset:0;width:100%;height:100%;overflow:visible}
+figcaption{font-size:13px;color:var(--dim);display:flex;gap:.5em;align-items:baseline;margin-bottom:8px;text-wrap:balance}
+figcaption b{margin-left:auto;font-weight:600;font-variant-numeric:tabular-nums;white-space:nowrap}figcaption small{font-size:11px;
+opacity:.75;white-space:nowrap}.plot{position:relative;margin:0 8px 0 42px;touch-action:pan-y}
+.wide{margin-bottom:42px}.wide .plot{margin-right:84px}.plot svg{position:absolute;inset:0;width:100%;height:100%;overflow:visible}
 .plot path{fill:none;vector-effect:non-scaling-stroke;stroke-linejoin:round;stroke-linecap:round}.plot .grid{stroke:var(--line);
 stroke-width:1}.plot .line{stroke-width:1.8}.plot .thin{stroke-width:1;opacity:.28}.plot .dots{stroke-width:6.5}.plot i{position:absolute;
 font:11px/1.1 var(--sans);font-variant-numeric:tabular-nums;color:var(--dim);white-space:nowrap;pointer-events:none}.plot .y{right:100%;

@@ -190,7 +190,7 @@ def find(name: str) -> Path:
         return path
     if ours := built_in().get(name.removesuffix(".toml")):
         return ours
-    raise ValueError(f"{name}: no such recipe file, and none of that name comes with Jevons")
+    raise ValueError(f"{name}: no such recipe file, and none of that name comes with Jevons; there are {', '.join(sorted(built_in()))}")
 
 
 def load(name: str, assignments: Sequence[str] = ()) -> Recipe:

@@ -78,6 +78,7 @@ class Run:
         Raises ValueError where the folder belongs to another recipe, listing the keys that differ.
         """
         self.recipe, self.device, self.memory = recipe, device, memory
+        self.carried = 0  # bytes that stages before left in this process
         self.folder = root / recipe.name
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = self._take()
@@ -271,7 +272,13 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def newest_model(path: Path) -> Path:
-    """A run's newest Hugging Face folder: its last stage's model, or a checkpoint while it trains. Other folders are returned as is."""
+    """A run's newest Hugging Face folder: its last stage's model, or a checkpoint while it trains. Other folders are returned as is.
+
+    Raises ValueError for a run without a model, and for one that is not there: its path could be a hub's name, owner/model.
+    """
+    if not path.exists() and (path.parent / "ledger.db").exists():
+        names = sorted(found.parent.name for found in path.parent.glob("*/recipe.toml"))
+        raise ValueError(f"{path}: no such run; {path.parent} has {', '.join(names[:20]) or 'none'}")
     if (path / "config.json").exists() or not (path / "recipe.toml").exists():
         return path
     found = sorted(path.glob("*/model/config.json")) or sorted(path.glob("*/checkpoints/step-*/config.json"))

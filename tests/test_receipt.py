@@ -18,6 +18,7 @@ from unittest import mock
 import pytest
 import sqlalchemy as sql
 from pytest import approx
+from rich.console import Console
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.schema import CreateTable
@@ -28,7 +29,7 @@ from jevons.cli import app
 from jevons.cost.database import add_column
 from jevons.cost.ledger import RECEIPTS, Ledger
 from jevons.cost.price import Prices
-from jevons.cost.receipt import Plan, Receipt
+from jevons.cost.receipt import Plan, Receipt, render
 from jevons.cost.usage import UsageRow, UsageStore
 from jevons.progress import Meter
 from jevons.recipe import load
@@ -36,7 +37,7 @@ from jevons.run import Run
 from jevons.server.uptime import Uptime
 from jevons.stages.invoice import gather
 from jevons.stages.printout import document, findings, table
-from jevons.stages.statement import course, statement
+from jevons.stages.statement import course, draw_course, statement
 from jevons.stages.step import StepLog
 
 
@@ -294,6 +295,26 @@ def test_evaluations_of_several_models(tmp_path):
     assert (answers["correct"], answers["answers"], answers["money_per_correct"]) == (40, 80, approx(0.1 / 40))
 
 
+def test_a_bound_is_not_missed_but_kept(tmp_path):
+    """RL's plan where nothing was calibrated is the most that its longest answers could take: staying below it is no error."""
+    ledger = Ledger(tmp_path / "ledger.db")
+    for stage, plan in (("pretrain", Plan(10, 1e9, 10.0, 0.1, 100)), ("rl", Plan(90, 9e9, 90.0, 0.9, 900, bound=True))):
+        spent = {"tokens": 10, "flops": 1e9, "seconds": 11.0, "memory": 100, "price_per_hour": 36.0, "finished": 1.0}
+        ledger.record(receipt(run_id="b" * 32, run="tiny", stage=stage, planned=plan, **spent))
+    assert [row.planned.bound for row in ledger.rows("b" * 32)] == [False, True]
+    ledger.close()
+    figures = report(tmp_path)["stages"]
+    assert figures[0]["difference"]["money"] == approx(0.1) and set(figures[1]["difference"].values()) == {None}
+    words = " ".join(Page(statement(found(tmp_path))).text)
+    assert "+10.0%" in words and "of at most $0.90" in words and "at most 90" in words and "-87.8%" not in words
+    first, second = csv.DictReader(io.StringIO(table(found(tmp_path))))
+    assert (first["planned_bound"], second["planned_bound"], second["difference_money"]) == ("False", "True", "")
+    console = Console(file=io.StringIO(), width=80)
+    console.print(render([Receipt.from_dict(row.to_dict()) for row in found(tmp_path).receipts]))
+    lines = [line.split()[0] for line in console.file.getvalue().splitlines() if line.strip()]
+    assert lines[-6:] == ["pretrain", "planned", "off", "rl", "at", "total"]
+
+
 def test_csv(tmp_path):
     fill(tmp_path, "=cmd")
     rows = list(csv.DictReader(io.StringIO(table(found(tmp_path)))))
@@ -312,6 +333,7 @@ def test_money_over_time():
     rows = [receipt(started=100.0, seconds=10.0, finished=120.0, **spent), receipt(started=110.0, seconds=10.0, **spent)]
     assert course(rows) == [(0.0, 0.0), (10.0, 5.0), (20.0, 20.0)]  # the first paused for ten seconds, the second was cut off
     assert course([]) == []
+    assert draw_course(rows) and not draw_course(rows[:1])  # one pace, a straight line
 
 
 def test_the_page(tmp_path):

@@ -36,7 +36,7 @@ from jevons.engine.engine import Engine
 from jevons.engine.sequence import SamplingParams
 from jevons.model.folder import load_model
 from jevons.recipe import load
-from jevons.stages import pretrain
+from jevons.stages import prepare, pretrain
 from jevons.stages.dialogue import prompt_ids
 from jevons.train import checkpoint, device, trainer
 
@@ -242,6 +242,16 @@ def test_receipt_adds_up(finished):
     assert stages["prepare"]["tokens"] == sum(m["tokens"] for m in manifests)
     assert [m["documents"] for m in manifests] == [300, 3]
     assert spent(finished / "runs") == {name: s["seconds"] for name, s in stages.items()}
+
+
+def test_the_tokenizers_training_is_paid_for(tmp_path, recipe, jevons_, monkeypatch):
+    def slow(*arguments):
+        time.sleep(0.5)
+        return train_bpe(*arguments)
+
+    monkeypatch.setattr(prepare, "train_bpe", slow)
+    assert jevons_("run", recipe, "--runs", tmp_path, "--stage", "prepare")[0] == 0
+    assert spent(tmp_path)["prepare"] > 0.5
 
 
 def test_a_second_run_does_nothing(copy, recipe, jevons_):
@@ -815,6 +825,19 @@ def test_import_does_not_wait_for_torch():
     lines = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split() for _ in range(3)]
     assert min(float(seconds) for seconds, _ in lines) < 0.3
     assert {loaded for _, loaded in lines} == {"False"}
+
+
+@pytest.mark.parametrize("verb", [["run", "quickstart"], ["quickstart"]])
+def test_a_mistake_in_a_recipe_is_told_before_torch_is_loaded(verb):
+    code = "import sys; from jevons.cli import app\ntry: app()\nexcept ValueError as error: print(error, 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code, *verb, "sft.steps=3"], capture_output=True, text=True, check=True)
+    assert "sft.steps: unknown key" in done.stdout and done.stdout.endswith("False\n")
+
+
+def test_a_wrong_name_of_a_run_is_not_asked_of_the_hub(copy, jevons_):
+    for verb in (["chat", copy / "tinny", "-p", "hi"], ["export", copy / "tinny", copy / "out"]):
+        code, _, err = jevons_(*verb)
+        assert code == 1 and re.search(r"tinny: no such run; .* has tiny\n", err)
 
 
 def test_a_recipe_is_saved_as_it_was_run(finished):

@@ -24,6 +24,10 @@ class Plan:
     seconds: float  # wall clock
     money: float
     memory: int | None = None  # peak bytes of one device; None where nobody planned it
+    bound: bool = False  # the most that it can come to, not what is expected: nothing to be measured against
+
+
+AMOUNTS = ("tokens", "flops", "seconds", "money", "memory")  # what of a plan can be compared
 
 
 @dataclass(kw_only=True)
@@ -73,7 +77,10 @@ class Receipt:
         return self.tflops * 1e12 / self.peak_flops if self.peak_flops and self.flops else None
 
     def difference(self, name: str) -> float | None:
-        """How much more than planned a field of the plan came to, as a share: 0.1 is a tenth more. None before the stage has ended."""
+        """How much more than planned a field of the plan came to, as a share: 0.1 is a tenth more. None before the stage has ended, and
+        where the plan is a bound."""
+        if self.planned and self.planned.bound:
+            return None
         planned, actual = getattr(self.planned, name, None), getattr(self, name)
         return actual / planned - 1 if self.finished is not None and planned and actual is not None else None
 
@@ -85,7 +92,7 @@ class Receipt:
         """The fields, and all that is derived from them: a line of a report."""
         derived = ("device_hours", "tokens_per_second", "tflops", "share_of_peak", "money")
         values = self.to_dict() | {name: getattr(self, name) for name in derived}
-        return values | ({"difference": {f.name: self.difference(f.name) for f in dataclasses.fields(Plan)}} if self.planned else {})
+        return values | ({"difference": {name: self.difference(name) for name in AMOUNTS}} if self.planned else {})
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Receipt:
@@ -143,7 +150,7 @@ def render(receipts: Iterable[Receipt]) -> Table:
     def numbers(part: Receipt | Plan | Totals, memory: int | None, device_hours: float, rates: Sequence[str] = ("", "")) -> list[str]:
         flops = format_flops(part.flops).removesuffix("FLOP")  # the column's head says so
         cells = [format_count(part.tokens), format_seconds(part.seconds), flops, "-" if memory is None else format_bytes(memory), *rates]
-        return [*cells, *([format_amount(device_hours)] if hours else []), format_amount(part.money)]
+        return [*cells, *([format_amount(device_hours)] if hours else []), f"${format_amount(part.money)}"]
 
     totals = total(rows)
     footers = numbers(totals, max((r.memory for r in rows if r.memory is not None), default=None), totals.device_hours)
@@ -156,7 +163,8 @@ def render(receipts: Iterable[Receipt]) -> Table:
         table.add_row(*(names[key][i] for key in text_columns), *numbers(r, r.memory, r.device_hours, rates))
         if plan := r.planned:
             cells = numbers(plan, plan.memory, plan.seconds * r.device_count / 3600)
-            table.add_row(*("planned" if key == "stage" else "" for key in text_columns), *cells, style="dim")
+            word = "at most" if plan.bound else "planned"
+            table.add_row(*(word if key == "stage" else "" for key in text_columns), *cells, style="dim")
             fields = {"tokens": "tokens", "time": "seconds", "FLOPs": "flops", "memory": "memory", "money": "money"}
             shares = [r.difference(fields[head]) if head in fields else None for head in heads]
             if any(off := ["" if share is None else format_difference(share) for share in shares]):

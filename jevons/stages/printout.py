@@ -13,15 +13,13 @@ from typing import Any
 
 from rich.console import Console
 
-from jevons.cost.receipt import Plan, Receipt, format_amount, format_count, format_seconds, render
+from jevons.cost.receipt import AMOUNTS, Receipt, format_amount, format_count, format_seconds, render
 from jevons.cost.usage import UsageSums
 from jevons.data.disk import write_text
 from jevons.plot import dollars
 from jevons.stages.invoice import Invoice, scaled, tell_gain
 from jevons.stages.key import render as render_keys
 from jevons.stages.statement import statement
-
-PLANNED = [each.name for each in fields(Plan)]
 
 
 def document(invoice: Invoice) -> dict[str, Any]:
@@ -64,7 +62,8 @@ def table(invoice: Invoice) -> str:
 def _flat(entry: dict[str, Any]) -> dict[str, Any]:
     """`planned` and `difference` as columns of their own, there or not, so that all files have the same."""
     nested = ("planned", "difference") if "stage" in entry else ()
-    parts = {f"{part}_{name}": (entry.get(part) or {}).get(name) for part in nested for name in PLANNED}
+    parts = {f"{part}_{name}": (entry.get(part) or {}).get(name) for part in nested for name in AMOUNTS}
+    parts |= {"planned_bound": (entry.get("planned") or {}).get("bound")} if nested else {}
     return {name: value for name, value in entry.items() if name not in nested} | parts
 
 

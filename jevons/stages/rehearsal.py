@@ -93,7 +93,7 @@ def rehearse(
     flops = (drawn + engine.prompt_tokens - read) * forward_flops(config, context / 2)
     flops += trained * token_flops(config, options, context)
     memory = device.peak_memory(trainer.device) + trainer.optimizer.bytes_to_come()
-    plan = Plan(drawn * options.steps, flops * options.steps, seconds, seconds / 3600 * price, memory)
+    plan = Plan(drawn * options.steps, flops * options.steps, seconds, seconds / 3600 * price, memory, bound=True)
     rehearsal = Rehearsal(plan, memory, device.total_memory(trainer.device))
     if rehearsal.memory > rehearsal.available:
         raise ValueError(

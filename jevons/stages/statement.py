@@ -32,6 +32,7 @@ height:11px;border-radius:3px;align-self:center}.key b{font-variant-numeric:tabu
 .bars{grid-template-columns:fit-content(46%) 1fr auto;max-width:760px;gap:9px 14px;font-size:14px}.bars dt{overflow-wrap:anywhere}
 .bars i{height:10px}.bars .was{height:4px;margin-bottom:2px}
 .bars dd:has(i){background:none;border-left:1px solid var(--line);border-radius:0}
+@media(max-width:600px){.bars{grid-template-columns:minmax(0,34%) 1fr minmax(0,34%)}}
 """
 
 
@@ -102,7 +103,7 @@ def draw_tiles(invoice: Invoice) -> str:
     totals, tiles = invoice.total, []
     prices = {r.price_per_hour for r in invoice.receipts}
     tiles.append(tile("cost", dollars(totals.money), f"at {dollars(prices.pop())} a device-hour" if len(prices) == 1 else ""))
-    known = [(r.planned.money, r) for r in invoice.receipts if r.planned and r.finished is not None and r.planned.money]
+    known = [(r.planned.money, r) for r in invoice.receipts if r.planned and r.difference("money") is not None]
     if known:
         planned, actual = sum(money for money, _ in known), sum(r.money for _, r in known)
         note = f"{dollars(actual)} for {dollars(planned)} planned, of stages that had a plan"
@@ -159,7 +160,10 @@ def draw_plans(receipts: Sequence[Receipt]) -> str:
         rows = []
         for r, planned, actual in pairs:
             share = r.difference(field)
-            word = f" {format_difference(share)}" if share is not None else f" of {show(planned)}, not finished"
+            if share is not None:
+                word = f" {format_difference(share)}"
+            else:
+                word = f" of at most {show(planned)}" if r.planned and r.planned.bound else f" of {show(planned)}, not finished"
             name = f"{r.run}: {_name(r.stage)}" if several else _name(r.stage)
             rows.append((name, actual / longest, show(actual) + word, planned / longest))
         figures += f"<div><h3>{title}</h3>{plot.draw_bars(rows, ['accent'])}</div>"
@@ -178,9 +182,15 @@ def course(receipts: Sequence[Receipt]) -> list[tuple[float, float]]:
     ]
 
 
+def is_even(points: Sequence[tuple[float, float]]) -> bool:
+    """Whether money went at one pace, as that of one run without a pause does: a straight line says nothing."""
+    time, money = points[-1]
+    return all(abs(spent / money - at / time) < 0.02 for at, spent in points)
+
+
 def draw_course(receipts: Sequence[Receipt]) -> str:
     points = course(receipts)
-    if len(points) < 2:
+    if len(points) < 2 or is_even(points):
         return ""
     size, unit = next(((size, unit) for size, unit in UNITS if points[-1][0] >= 2 * size), UNITS[-1])
     curve = Curve("spent", [(moment / size, money) for moment, money in points])
