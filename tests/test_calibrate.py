@@ -21,7 +21,7 @@ from jevons.cost.profile import Entry, Profile, signature
 from jevons.kernels import processor
 from jevons.model.folder import companions, save_model
 from jevons.recipe import Recipe, parse
-from jevons.stages import calibrate, forecast, pace, probe
+from jevons.stages import calibrate, forecast, life, pace, probe
 from jevons.stages.plan import Options, make_plan
 from jevons.stages.traffic import Traffic, serve_arguments
 from jevons.train import device
@@ -250,8 +250,27 @@ def test_a_peak_is_counted_from_when_it_was_forgotten():
     block = bytearray(2**27)
     high = device.peak_memory(here)
     del block
-    device.forget_peak(here)
+    assert device.forget_peak(here)
     assert high >= 2**27 and device.peak_memory(here) < high - 2**26 and before <= high
+
+
+def test_what_earlier_stages_left_is_added_to_the_memory_of_the_next(tmp_path, monkeypatch):
+    held = iter([300, 450, 450, 290])  # resident at the beginning of each stage
+    monkeypatch.setattr(device, "forget_peak", lambda where: True)
+    monkeypatch.setattr(device, "peak_memory", lambda where: next(held))
+    carried = {}
+    for stage in life.STAGES:
+        monkeypatch.setitem(life.STAGES, stage, lambda run, recipe, interrupt, stage=stage: carried.update({stage: run.carried}))
+    for name in ("look_ahead", "_needs", "show_moments", "show_results"):
+        monkeypatch.setattr(life, name, lambda *a: None)
+    monkeypatch.setattr(life, "write_report", lambda folder: folder)
+    made = recipe(rl=None)
+    path = tmp_path / "tiny.toml"
+    path.write_text(made.to_toml())
+    life.live(str(path), [], tmp_path)
+    assert carried == {"prepare": 0, "pretrain": 150, "sft": 150, "evaluate": 0}
+    plans = [forecast.forecast(made, "pretrain", made.config(), entry(made, "pretrain", PARTS), n) for n in (0, 150)]
+    assert plans[1].memory - plans[0].memory == 150 and plans[1].seconds == plans[0].seconds
 
 
 @pytest.fixture(scope="module")

@@ -47,7 +47,7 @@ def evaluate(run: Run, recipe: Recipe, interrupt: Interrupt) -> None:
     out: dict[str, Any] = {"model": _label(run, folder)}
     config = load_config(folder)
     entry = measured(recipe, "evaluate", config, Profile.load(run.folder.parent, run.device))
-    with run.spend("evaluate", planned=forecast(recipe, "evaluate", config, entry) if entry else None) as spending:
+    with run.spend("evaluate", planned=forecast(recipe, "evaluate", config, entry, run.carried) if entry else None) as spending:
         model, tokenizer = _open(recipe, folder)
         after = grade(model, tokenizer, recipe, interrupt)
         out["tasks"] = [results(sheet, options.examples) for sheet in after]

@@ -78,8 +78,8 @@ def reason(recipe: Recipe, stage: str, config: ModelConfig, profile: Profile | N
     return profile.missing(KIND[stage], config, **shape(recipe, stage)) if stage in KIND else f"{stage} is not calibrated"
 
 
-def forecast(recipe: Recipe, stage: str, config: ModelConfig, entry: Entry) -> Plan:
-    """What a stage takes by what was measured of it."""
+def forecast(recipe: Recipe, stage: str, config: ModelConfig, entry: Entry, carried: int = 0) -> Plan:
+    """What a stage takes by what was measured of it, in a process of its own; `carried` bytes are there already from stages before."""
     if stage == "pretrain":
         assert recipe.pretrain is not None
         tokens, flops, seconds = _pretrain(recipe.pretrain, config, entry.rates)
@@ -91,7 +91,7 @@ def forecast(recipe: Recipe, stage: str, config: ModelConfig, entry: Entry) -> P
         tokens, flops, seconds = _rl(recipe.rl, config, entry.rates)
     else:
         tokens, flops, seconds = _evaluate(recipe, config, entry.rates)
-    return Plan(tokens, flops, seconds, seconds / 3600 * recipe.price_per_hour, memory=round(entry.rates["memory"]))
+    return Plan(tokens, flops, seconds, seconds / 3600 * recipe.price_per_hour, memory=round(entry.rates["memory"]) + carried)
 
 
 def drift(recipe: Recipe, stage: str, entry: Entry) -> str:

@@ -48,9 +48,12 @@ def live(name: str, overrides: Sequence[str], root: Path, *, stage: str | None =
         try:
             pending = [each for each in recipe.stages if stage in (None, each) and not run.is_done(each)]
             look_ahead(recipe, pending[1:])
+            began: int | None = None
             for each in pending:
                 _needs(run, recipe, each)
-                device.forget_peak(where)  # of the stage before
+                held = device.peak_memory(where) if device.forget_peak(where) else 0  # now, of the stages before
+                began = held if began is None else began
+                run.carried = max(held - began, 0)
                 STAGES[each](run, recipe, interrupt)
         except Interrupted as stopped:
             write_report(run.folder)

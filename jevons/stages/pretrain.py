@@ -192,7 +192,7 @@ def _plan(run: Run, recipe: Recipe, trainer: Trainer, corpus: Corpus, flops: flo
     assert options is not None
     entry = measured(recipe, "pretrain", config, Profile.load(run.folder.parent, run.device))
     if entry is not None:
-        return forecast(recipe, "pretrain", config, entry)
+        return forecast(recipe, "pretrain", config, entry, run.carried)
     size = options.micro_batch_size or options.batch_size
     seconds = 0.0
     for i in range(2):  # the first one warms up

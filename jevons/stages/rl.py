@@ -89,7 +89,7 @@ def rl(run: Run, recipe: Recipe, interrupt: Interrupt) -> None:
         if spending.receipt.planned is None:
             entry = measured(recipe, "rl", model.config, Profile.load(run.folder.parent, run.device))
             worst = rehearsal.plan if rehearsal else None
-            spending.receipt.planned = forecast(recipe, "rl", model.config, entry) if entry else worst
+            spending.receipt.planned = forecast(recipe, "rl", model.config, entry, run.carried) if entry else worst
         with Meter("rl", options.steps) as meter:
             card = Scorecard(run, spending, meter, options, engine, progress["totals"] if found else {})
             card.open(model, found, rehearsal)

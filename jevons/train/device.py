@@ -7,6 +7,7 @@ that count anew when told to (`forget_peak`); where it does not, a peak is the h
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import resource
 import statistics
@@ -97,15 +98,19 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def forget_peak(device: torch.device) -> None:
-    """Count `peak_memory` anew, from what is held now; what the allocator kept of earlier work goes back to the system first."""
+def forget_peak(device: torch.device) -> bool:
+    """Count `peak_memory` anew, from what is held now; whether the system does that. What is no longer used goes back to it first."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    elif RESET.exists() and os.access(RESET, os.W_OK):
+        return True
+    if RESET.exists() and os.access(RESET, os.W_OK):
+        gc.collect()  # a model in a cycle is held until Python looks for it
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
         if trim is not None:
             trim(0)
         RESET.write_text("5", encoding="utf-8")  # Linux, Documentation/filesystems/proc.rst: resets the peak of resident memory
+        return True
+    return False
 
 
 def total_memory(device: torch.device) -> int:
