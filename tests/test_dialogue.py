@@ -67,6 +67,15 @@ def test_templates_that_cannot_be_learned_from_are_refused():
         bridge(template_of(make(counting)), [Message("user", "1")], Message("assistant", "2"), [Message("tool", "3")], [ADD])
 
 
+def test_tools_need_a_template_that_writes_them():
+    deaf = DEFAULT_TEMPLATE.replace("{%- if tools %}", "{%- if false %}")
+    strange = DEFAULT_TEMPLATE.replace("tool_call>", "invoke>")
+    for template, complaint in ((deaf, "does not write tools"), (strange, "writes calls in a form that is not known")):
+        with pytest.raises(ValueError, match=complaint):
+            Sampler(Scripted(make(template), []), make(template), SamplingParams(), 2)
+        Sampler(Scripted(make(template), []), make(template), SamplingParams(), 1)
+
+
 class Scripted:
     """An engine that draws what it is told, turn by turn, and remembers what it was asked."""
 

@@ -28,6 +28,16 @@ def template_of(tokenizer: Tokenizer) -> ChatTemplate:
     return tokenizer.template
 
 
+def check_tools(tokenizer: Tokenizer) -> None:
+    """ValueError for a chat template that does not tell the model of tools, or in which its calls would not be found."""
+    template = template_of(tokenizer)
+    probe = {"type": "function", "function": {"name": "probe", "description": "", "parameters": {"type": "object", "properties": {}}}}
+    if '"probe"' not in template.render([Message("user", "Hi")], tools=[probe]):
+        raise ValueError("the chat template does not write tools, so the model cannot know of them; give it another, or max_turns = 1")
+    if detect_format(template.source) is None:
+        raise ValueError("the chat template writes calls in a form that is not known here (server/tool.py has them); give max_turns = 1")
+
+
 def prompt_ids(tokenizer: Tokenizer, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()) -> list[int]:
     """A conversation as the model expects it, up to where its reply begins."""
     return tokenizer.encode(template_of(tokenizer).render(messages, tools=tools or None, add_generation_prompt=True))

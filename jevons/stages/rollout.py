@@ -24,7 +24,7 @@ from jevons.data.trajectory import Trajectory
 from jevons.engine.engine import Engine
 from jevons.engine.sequence import Sample, SamplingParams
 from jevons.server.parser import opens_thinking
-from jevons.stages.dialogue import arguments, bridge, prompt_ids, read_reply, template_of
+from jevons.stages.dialogue import arguments, bridge, check_tools, prompt_ids, read_reply, template_of
 from jevons.tasks.grade import Grader
 from jevons.tasks.pool import PROCESSES
 from jevons.tasks.reward import Answer, Rewards
@@ -89,10 +89,15 @@ def seed_of(*place: Any) -> int:
 
 
 class Sampler:
-    """Samples groups with one engine. `params` are those of a whole answer; its tokens are shared by up to `turns` turns."""
+    """Samples groups with one engine. `params` are those of a whole answer; its tokens are shared by up to `turns` turns.
+
+    ValueError for more than one turn with a chat template that has no tools.
+    """
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer, params: SamplingParams, turns: int) -> None:
         self.engine, self.tokenizer, self.params, self.turns = engine, tokenizer, params, turns
+        if turns > 1:
+            check_tools(tokenizer)
 
     def sample(self, asked: Sequence[Asked], size: int, place: tuple[Any, ...], progress: Callable[[int], None]) -> list[Group]:
         """`size` answers to each problem. `place` names this call within the run; `progress` is told the tokens drawn so far."""
@@ -221,7 +226,7 @@ class Sampler:
         if left < 1 or len(t.prompt) + len(t.tokens) + len(between) >= self.engine.max_length:
             t.finished = False  # no room to answer
             return False
-        talk.before += self._text(talk) + "".join(f"\n\n[{result.name}] {result.content}" for result in results) + "\n\n"
+        talk.before += self._text(talk).rstrip() + "".join(f"\n\n[{result.name}] {result.content}" for result in results) + "\n\n"
         t.tokens += between
         t.own += [False] * len(between)
         t.logps += [0.0] * len(between)

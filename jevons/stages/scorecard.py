@@ -104,6 +104,10 @@ class Scorecard:
             "money": receipt.money,
         }
         self.run.log("rl", step, **row)
+        if step == 1 and row.get("turns") == 1:
+            say = f"not one of {len(trajectories)} replies called a tool as the chat template writes calls, so all had one turn: "
+            say += "show the form in the task's instruction, or teach it first ([sft])"
+            self.meter.console.print(f"[yellow]{say}[/]", highlight=False)
         self._text = f"reward {row['reward']:.3f}  right {row['accuracy']:.1%}  {row['response_tokens']:.0f} tokens  ${receipt.money:.4f}"
         self.meter.update(step, self._text)
 
