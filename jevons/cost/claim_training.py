@@ -51,7 +51,8 @@ def v3_hours() -> Claim:
         verdict="confirmed",
         note=f"Pretraining comes out at {100 * hours['pretraining'] / V3_HOURS['pretraining']:.1f} % of what was published. Context "
         f"extension at {percent(extension)}: long sequences reached that share of the usual speed, or the phases took more than their "
-        "tokens. Post-training's 5K hours are taken as published, its tokens are not public.",
+        "tokens. Post-training's 5K hours are taken as published, its tokens are not public. The share of peak is DeepSeek's own figure: "
+        "what is confirmed is that tokens, FLOPs, speed and hours fit together, not that somebody else counted them.",
         tables=(Table("H800-hours", ("stage", "published", "from FLOPs"), tuple(rows)),),
     )
 
