@@ -359,7 +359,7 @@ def test_kinds_of_files(tmp_path):
     import zstandard
 
     long = "x" * 200_000  # longer than a read
-    write(tmp_path / "a.txt", "one", "two")
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\ntwo")  # with the mark that Windows puts before UTF-8
     write(tmp_path / "b.json", f' [{{"text": "b1"}}, {{"text": "\u4f60{long}"}} , {{"text": "b3"}}]\n')
     write(tmp_path / "c.json", '{"text": "c1"}', '{"text": "c2"}')
     (tmp_path / "d.jsonl.gz").write_bytes(gzip.compress(b'{"text": "d"}\n'))
@@ -375,7 +375,14 @@ def test_kinds_of_files(tmp_path):
             find_files([str(source)])
     with pytest.raises(ValueError, match="no column prompt"):
         list(read_documents([str(tmp_path / "f.parquet")], field="prompt", bad=BadLines()))
-    for name, data in (("cut.jsonl.gz", gzip.compress(b'{"text": "d"}\n' * 9)[:-12]), ("cut.json", b'[{"text": "a"}, {"te')):
+    for name, data in (
+        ("cut.jsonl.gz", gzip.compress(b'{"text": "d"}\n' * 9)[:-12]),
+        ("cut.jsonl.zst", frames[0] + frames[1][:-1]),
+        ("no.jsonl.zst", b'{"text": "e"}\n'),
+        ("cut.json", b'[{"text": "a"}, {"te'),
+        ("latin.json", b'[{"text": "\xe9"}]'),
+        ("cut.parquet", (tmp_path / "f.parquet").read_bytes()[:-1]),
+    ):
         (tmp_path / name).write_bytes(data)
         with pytest.raises(ValueError, match=rf"{name}.*(cut short|breaks off)"):
             list(read_documents([str(tmp_path / name)], bad=BadLines()))

@@ -100,7 +100,7 @@ def read_documents(sources: Sequence[str], *, field: str | None = None, bad: Bad
     for path in find_files(paths):
         try:
             yield from _read_file(path, field, bad)
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        except (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError) as error:
             raise ValueError(f"{path}: damaged or cut short: {error}") from error
     for name in names:
         for line, record in enumerate(_dataset(name), 1):
@@ -125,7 +125,7 @@ def _read_file(path: Path, field: str | None, bad: BadLines) -> Iterator[Documen
     with _open(path) as stream:
         if kind in (".txt", ".md"):
             try:
-                yield from _document({"text": stream.read().decode("utf-8")}, None, source, 1, bad)
+                yield from _document({"text": stream.read().decode("utf-8-sig")}, None, source, 1, bad)
             except UnicodeDecodeError as error:
                 bad.add(source, 1, f"not UTF-8: {error}")
         elif kind == ".json" and (head := _first_byte(stream)) == b"[":
@@ -194,11 +194,46 @@ def _open(path: Path) -> IO[bytes]:
     if path.suffix.lower() == ".gz":
         return gzip.open(path)  # type: ignore[return-value]
     if path.suffix.lower() == ".zst":
-        zstandard = _optional("zstandard", str(path))
-        # Archives joined with cat have several frames; by default the reader stops, silently, after the first
-        raw = zstandard.ZstdDecompressor().stream_reader(path.open("rb"), read_across_frames=True, closefd=True)
-        return io.BufferedReader(raw)
+        return io.BufferedReader(_Zstd(path))
     return path.open("rb")
+
+
+class _Zstd(io.RawIOBase):
+    """What a zstd file holds, frame after frame (archives joined with cat have several). The package's own reader ends where the file
+    does, without a word, in the middle of a frame, too."""
+
+    def __init__(self, path: Path) -> None:
+        self._package = _optional("zstandard", str(path))
+        self._file, self._pieces, self._held = path.open("rb"), self._inflate(), memoryview(b"")
+
+    def _inflate(self) -> Iterator[bytes]:
+        decoder, rest = None, b""
+        while data := rest or self._file.read(1 << 16):
+            decoder = decoder or self._package.ZstdDecompressor().decompressobj()
+            try:
+                yield decoder.decompress(data)
+            except self._package.ZstdError as error:
+                raise EOFError(str(error)) from error
+            rest = decoder.unused_data
+            decoder = None if decoder.eof else decoder
+        if decoder is not None:
+            raise EOFError("the last frame has no end")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._held:
+            if (piece := next(self._pieces, None)) is None:
+                return 0
+            self._held = memoryview(piece)
+        count = min(len(buffer), len(self._held))
+        buffer[:count], self._held = self._held[:count], self._held[count:]
+        return count
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 def _first_byte(stream: IO[bytes]) -> bytes:
@@ -231,7 +266,11 @@ def _array(stream: IO[bytes], path: Path) -> Iterator[Any]:
 
 def _rows(path: Path, field: str | None) -> Iterator[dict[str, Any]]:
     parquet = _optional("pyarrow.parquet", str(path))
-    with parquet.ParquetFile(path) as table:
+    try:
+        file = parquet.ParquetFile(path)
+    except ValueError as error:
+        raise ValueError(f"{path}: damaged or cut short: {error}") from error
+    with file as table:
         names = table.schema_arrow.names
         columns = [name for name in ([field] if field else ["messages", "conversations", "text"]) if name in names]
         if not columns:
