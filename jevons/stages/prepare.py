@@ -37,16 +37,15 @@ def prepare(run: Run, recipe: Recipe, interrupt: Interrupt) -> None:
     folder = run.stage_folder("prepare")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    # with model.path a model is trained further, so its own tokenizer goes on
-    source = options.tokenizer or ("path" in recipe.model and resolve(recipe.model["path"]))
-    tokenizer = Tokenizer.load(source) if source else _train_tokenizer(options, recipe)
-    if "path" not in recipe.model and tokenizer.size > (size := recipe.config().vocab_size):
-        raise ValueError(f"model.vocab_size: {size} is less than the tokenizer's {tokenizer.size}; raise it to a multiple of 64 above")
-    tokenizer.save(folder / "tokenizer")
-
     bad = {"train": BadLines(limit=options.bad_lines), "validation": BadLines(limit=options.bad_lines)}
     manifests = {}
     with run.spend("prepare") as spending:
+        # with model.path a model is trained further, so its own tokenizer goes on
+        source = options.tokenizer or ("path" in recipe.model and resolve(recipe.model["path"]))
+        tokenizer = Tokenizer.load(source) if source else _train_tokenizer(options, recipe)
+        if "path" not in recipe.model and tokenizer.size > (size := recipe.config().vocab_size):
+            raise ValueError(f"model.vocab_size: {size} is less than the tokenizer's {tokenizer.size}; raise it to a multiple of 64 above")
+        tokenizer.save(folder / "tokenizer")
         for split in ("train", "validation"):
             with Meter(f"prepare {split}", _expected(options, split)) as meter:
 
