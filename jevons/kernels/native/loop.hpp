@@ -14,6 +14,27 @@ struct Next {
     int from, to;
 };
 
+constexpr long LINES = 40;  // of 64 bytes: a stretch of weights in place, of which four rows and six of x leave half of 48 KiB to the rest
+
+// R rows of weights in place, from row n of a record on, and what is asked for while their bytes from `begin` on are read.
+template <int R>
+struct Reading {
+    const char *w[R], *wanted[R];
+    long step[R];
+
+    Reading(const char* const* record, int n, const Next& next, long begin) {
+        for (int i = 0; i < R; i++) {
+            bool mine = i * 4 / R >= next.from && i * 4 / R < next.to;
+            w[i] = record[n + i], wanted[i] = mine ? next.record[n + i] : w[i] + begin, step[i] = mine;
+        }
+    }
+
+    void ask(long at) const {
+#pragma GCC unroll 4
+        for (int i = 0; i < R; i++) _mm_prefetch(wanted[i] + at * step[i], _MM_HINT_T1);
+    }
+};
+
 // What to ask for, into the second-level cache, while a tile is read, so that memory works while the arithmetic units do.
 struct Ahead {
     const uint8_t* p;

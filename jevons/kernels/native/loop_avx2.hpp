@@ -189,19 +189,13 @@ static inline __m128 sums(const __m256* x) {
 template <bool PAIRS, int M>
 void multiply_rows(const char* const* record, const uint32_t* x, long units, long bytes, const Next& next, float* out) {
     constexpr int R = M <= 2 ? 4 : 2;
-    constexpr long LINES = 40;  // of 64 bytes: a stretch, of rows of x and of weights, that the first-level cache holds
     long lines = bytes / 64, pieces = lines > LINES ? (lines + LINES - 1) / LINES : 1;
     alignas(32) __m256 kept[M * 32];  // accumulators between stretches
     for (long piece = 0; piece < pieces; piece++) {
         long begin = lines * piece / pieces * 64, end = lines * (piece + 1) / pieces * 64;
         bool last = piece + 1 == pieces;
         for (int n = 0; n < 32; n += R) {
-            const char *w[R], *ask[R];
-            long step[R];
-            for (int i = 0; i < R; i++) {
-                bool wanted = i * 4 / R >= next.from && i * 4 / R < next.to;
-                w[i] = record[n + i], ask[i] = wanted ? next.record[n + i] : w[i] + begin, step[i] = wanted ? 1 : 0;
-            }
+            Reading<R> rows(record, n, next, begin);
             __m256 acc[M][R];
 #pragma GCC unroll 6
             for (int r = 0; r < M; r++)
@@ -239,10 +233,9 @@ void multiply_rows(const char* const* record, const uint32_t* x, long units, lon
                 }
             };
             for (long at = begin; at < end; at += 64) {
-#pragma GCC unroll 4
-                for (int i = 0; i < R; i++) _mm_prefetch(ask[i] + at * step[i], _MM_HINT_T1);
-                add(w, at, x + at / 4);
-                add(w, at + 32, x + at / 4 + 8);
+                rows.ask(at);
+                add(rows.w, at, x + at / 4);
+                add(rows.w, at + 32, x + at / 4 + 8);
             }
             if (!last) {
 #pragma GCC unroll 6
@@ -254,7 +247,7 @@ void multiply_rows(const char* const* record, const uint32_t* x, long units, lon
             if (long rest = bytes - end) {
                 alignas(32) char copy[R][64] = {};
                 const char* from[R];
-                for (int i = 0; i < R; i++) std::memcpy(copy[i], w[i] + end, size_t(rest)), from[i] = copy[i];
+                for (int i = 0; i < R; i++) std::memcpy(copy[i], rows.w[i] + end, size_t(rest)), from[i] = copy[i];
                 add(from, 0, x + end / 4);
                 add(from, 32, x + end / 4 + 8);
             }

@@ -10,8 +10,6 @@
 
 namespace jevons {
 
-constexpr long LINES = 40;  // of 64 bytes: a stretch, of 6 rows of x and 4 of weights, leaves half of 48 KiB to the rest
-
 // the sums of four accumulators' lanes
 static inline __m128 sums(__m512 a, __m512 b, __m512 c, __m512 d) {
     __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
@@ -33,12 +31,7 @@ void multiply_rows(const char* const* record, const uint32_t* x, long units, lon
         long begin = lines * piece / pieces, end = lines * (piece + 1) / pieces;
         bool last = piece + 1 == pieces;
         for (int n = 0; n < 32; n += R) {
-            const char *w[R], *ask[R];
-            long step[R];
-            for (int i = 0; i < R; i++) {
-                bool wanted = i * 4 / R >= next.from && i * 4 / R < next.to;
-                w[i] = record[n + i], ask[i] = wanted ? next.record[n + i] : w[i] + begin * 64, step[i] = wanted ? 64 : 0;
-            }
+            Reading<R> rows(record, n, next, begin * 64);
             __m512 acc[M][R];
 #pragma GCC unroll 16
             for (int r = 0; r < M; r++)
@@ -48,9 +41,8 @@ void multiply_rows(const char* const* record, const uint32_t* x, long units, lon
             for (long l = begin; l < end; l++, at += 16) {
                 __m512i v[R];
 #pragma GCC unroll 4
-                for (int i = 0; i < R; i++) v[i] = _mm512_loadu_si512(w[i] + l * 64);
-#pragma GCC unroll 4
-                for (int i = 0; i < R; i++) _mm_prefetch(ask[i] + l * step[i], _MM_HINT_T1);
+                for (int i = 0; i < R; i++) v[i] = _mm512_loadu_si512(rows.w[i] + l * 64);
+                rows.ask(l * 64);
 #pragma GCC unroll 16
                 for (int r = 0; r < M; r++) {
                     __m512i row = _mm512_loadu_si512(at + r * units);
@@ -68,7 +60,7 @@ void multiply_rows(const char* const* record, const uint32_t* x, long units, lon
             if (tail) {
                 __m512i v[R];
 #pragma GCC unroll 4
-                for (int i = 0; i < R; i++) v[i] = _mm512_maskz_loadu_epi8(tail, w[i] + lines * 64);
+                for (int i = 0; i < R; i++) v[i] = _mm512_maskz_loadu_epi8(tail, rows.w[i] + lines * 64);
 #pragma GCC unroll 16
                 for (int r = 0; r < M; r++) {
                     __m512i row = _mm512_loadu_si512(at + r * units);
