@@ -18,6 +18,7 @@ namespace jevons {
 namespace {
 
 constexpr int STRETCH = 256;  // tokens
+constexpr int AHEAD = 32;     // tokens whose keys are asked for before they are read
 
 struct Cache {
     const void *keys, *values;
@@ -32,6 +33,11 @@ struct Cache {
         return long(tables[sequence * table_stride + token / block_size]) * block_size + token % block_size;
     }
 };
+
+// Asks memory for a row. A head's rows lie apart, so the processor sees no stream in them.
+static inline void ask(const void* row, long bytes) {
+    for (long i = 0; i < bytes; i += 64) _mm_prefetch(static_cast<const char*>(row) + i, _MM_HINT_T0);
+}
 
 // Scores of up to 16 tokens for `count` heads: key[t] their keys (bytes), query[g * units + u], out[g * STRETCH + t].
 template <bool PAIRS>
@@ -111,11 +117,13 @@ void stretch(const Cache& cache, int sequence, int head, int begin, int end, con
     const char* key[STRETCH];
     const T* value[STRETCH];
     long bytes = long(cache.width) * sizeof(T), units = (bytes + 63) / 64 * 16;
+    long value_bytes = cache.values == cache.keys ? 0 : cache.value_width * long(sizeof(T));  // else keys are asked for already
     int tokens = end - begin;
     for (int t = 0; t < tokens; t++) {
         long slot = cache.slot(sequence, begin + t);
         key[t] = reinterpret_cast<const char*>(static_cast<const T*>(cache.keys) + slot * cache.key_stride + long(head) * cache.width);
         value[t] = static_cast<const T*>(cache.values) + slot * cache.value_stride + long(head) * cache.value_width;
+        if (t < AHEAD) ask(key[t], bytes);
     }
     float* score = score_memory.get<float>(size_t(group) * STRETCH);
     uint32_t* q = query_memory.get<uint32_t>(size_t(group) * units);
@@ -125,7 +133,13 @@ void stretch(const Cache& cache, int sequence, int head, int begin, int end, con
         std::copy(query + long(g) * cache.width, query + long(g + 1) * cache.width, to);
         std::fill(to + cache.width, to + units * 4 / sizeof(T), T(0));
     }
-    for (int t = 0; t < tokens; t += 16) scores<PAIRS>(key + t, std::min(16, tokens - t), bytes, q, units, group, scale, turned, score + t);
+    for (int t = 0; t < tokens; t += 16) {
+        for (int i = t; i < std::min(t + 16, tokens); i++) {
+            ask(value[i], value_bytes);  // for later
+            if (i + AHEAD < tokens) ask(key[i + AHEAD], bytes);
+        }
+        scores<PAIRS>(key + t, std::min(16, tokens - t), bytes, q, units, group, scale, turned, score + t);
+    }
     for (int g = 0; g < group; g++) {
         float* s = score + g * STRETCH;
         __m512 high = _mm512_set1_ps(-std::numeric_limits<float>::infinity()), sum = _mm512_setzero_ps();
