@@ -102,7 +102,7 @@ def linear(
 ) -> Tensor:
     """norm(x) W^T + bias + residual, (T, N); silu(gate) * up where the weight holds both. `residual` may be `out`."""
     assert weight.stack == 0
-    y = _out(x_TD, (len(x_TD), weight.N), out, residual, dtype)
+    y = _out(x_TD, (x_TD.shape[0], weight.N), out, residual, dtype)
     load().functions.jevons_linear(
         matrix(weight), *_rows(x_TD, weight.K), *_norm(norm, weight.K), y.data_ptr(), DTYPE[y.dtype], weight.N,
         _pointer(residual), weight.N, threads or torch.get_num_threads(),
@@ -122,7 +122,7 @@ def mlp(
 ) -> Tensor:
     """down(silu(gate) * up) of norm(x), plus the residual. `out` may be `x_TD` or the residual."""
     assert gate_up.swiglu and gate_up.N == down.K and not gate_up.stack and not down.stack
-    y = _out(x_TD, (len(x_TD), down.N), out, residual)
+    y = _out(x_TD, (x_TD.shape[0], down.N), out, residual)
     load().functions.jevons_mlp(
         matrix(gate_up), matrix(down), *_rows(x_TD, gate_up.K), *_norm(norm, gate_up.K), y.data_ptr(), _pointer(residual),
         threads or torch.get_num_threads(),
@@ -144,8 +144,8 @@ def moe(
     """Each token through its K experts, weighted and summed, plus the residual. Reads the chosen experts' weights only."""
     assert gate_up.swiglu and gate_up.N == down.K and gate_up.stack == down.stack > 0
     assert experts_TK.dtype == torch.int64 and weights_TK.dtype == torch.float32 and experts_TK.shape == weights_TK.shape
-    assert len(experts_TK) == len(x_TD) and experts_TK.is_contiguous() and weights_TK.is_contiguous()
-    y = _out(x_TD, (len(x_TD), down.N), out, residual)
+    assert experts_TK.shape[0] == x_TD.shape[0] and experts_TK.is_contiguous() and weights_TK.is_contiguous()
+    y = _out(x_TD, (x_TD.shape[0], down.N), out, residual)
     load().functions.jevons_moe(
         matrix(gate_up), matrix(down), *_rows(x_TD, gate_up.K), experts_TK.data_ptr(), weights_TK.data_ptr(), experts_TK.shape[1],
         y.data_ptr(), _pointer(residual), threads or torch.get_num_threads(),
@@ -171,7 +171,7 @@ def _turns(cos_TR: Tensor, sin_TR: Tensor, rows: int, width: int) -> tuple[int, 
 
 
 def _memory(cache: Tensor, width: int, dtype: torch.dtype) -> int:
-    assert cache.is_contiguous() and cache.dtype == dtype and cache[0].numel() == width, (cache.shape, cache.dtype, width)
+    assert cache.is_contiguous() and cache.dtype == dtype and cache.stride(0) == width, (cache.shape, cache.dtype, width)
     return cache.data_ptr()
 
 
@@ -200,7 +200,7 @@ def gqa_project(
 
     cos and sin are (T, H/2) in fp32. The three are views of one tensor.
     """
-    T, width = len(x_TD), w_qkv.N // (heads + 2 * kv_heads)
+    T, width = x_TD.shape[0], w_qkv.N // (heads + 2 * kv_heads)
     assert width * (heads + 2 * kv_heads) == w_qkv.N and (q_norm is None) == (k_norm is None)
     assert q_norm is None or k_norm is None or q_norm.eps == k_norm.eps
     qkv = torch.empty(T, heads + 2 * kv_heads, width, dtype=x_TD.dtype)
@@ -211,7 +211,7 @@ def gqa_project(
         _memory(values, kv_heads * width, x_TD.dtype),
         _slots(slots, T), threads or torch.get_num_threads(),
     )  # fmt: skip
-    q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=1)
+    q, k, v = torch.split_with_sizes(qkv, (heads, kv_heads, kv_heads), dim=1)
     return q, k, v
 
 
@@ -238,7 +238,7 @@ def mla_project(
 
     `w_a` holds q_a and kv_a one below the other, or q itself and kv_a with no `w_q_b`. cos and sin are (T, R/2) in fp32.
     """
-    T, first = len(x_TD), w_a.N - latent - rope
+    T, first = x_TD.shape[0], w_a.N - latent - rope
     assert (w_q_b is None) == (q_norm is None) and (w_q_b.N if w_q_b else first) == heads * (nope + rope)
     assert (w_q_b is None or first == w_q_b.K) and (q_norm is None or q_norm.eps == kv_norm.eps)
     q = torch.empty(T, heads, nope + rope, dtype=x_TD.dtype)
@@ -253,7 +253,7 @@ def mla_project(
 
 def _context(q: Tensor, tables: Tensor, lengths: Tensor, block_size: int) -> tuple[int, int, int, int]:
     assert tables.dtype == lengths.dtype == torch.int32 and tables.stride(1) == 1 and lengths.is_contiguous()
-    assert len(tables) == len(lengths) == len(q) and q.stride()[1:] == (q.shape[2], 1)
+    assert tables.shape[0] == lengths.shape[0] == q.shape[0] and q.stride()[1:] == (q.shape[2], 1)
     return tables.data_ptr(), tables.stride(0), lengths.data_ptr(), block_size
 
 
