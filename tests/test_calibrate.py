@@ -197,6 +197,21 @@ def test_how_groups_fall_out_as_planned():
     assert seen == pytest.approx(forecast.group_counts(made, 0.4), rel=0.01)
 
 
+def test_steps_that_warm_up_are_paid_once():
+    times = [9.0, 5.0, 3.0, 2.0, 2.5, 1.5, 2.0, 2.0]
+    step, warm = probe.steady(times)
+    assert (step, warm) == (2.0, 11.0) and warm + len(times) * step == sum(times)  # so many steps are planned as they were
+    assert probe.steady([3.0, 1.0]) == (1.0, 2.0)
+
+
+@pytest.mark.parametrize(("pace", "count"), [(0.5, 50), (1.0, 25), (1.25, 24), (3.0, 15), (20.0, 3), (50.0, 2)])
+def test_steps_are_measured_until_memory_has_grown_or_a_minute_is_near(pace, count, monkeypatch):
+    monkeypatch.setattr(probe.Clock, "lap", lambda self: pace)
+    taken = []
+    probe._steps(taken.append, torch.device("cpu"))
+    assert taken == list(range(count))
+
+
 def test_seconds_of_an_update_are_a_line_in_its_tokens():
     found = probe.updates([(10, 9.0), (10, 3.0), (50, 7.0)])
     assert (found.token, found.fixed, found.warm) == pytest.approx((0.1, 2.0, 6.0))

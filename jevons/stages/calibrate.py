@@ -13,8 +13,9 @@ stage has yet to train cannot be measured before, since its answers would be ano
 
     jevons plan text --calibrate "prepare.sources=[...]"; jevons run text "prepare.sources=[...]"; jevons receipt text
 
-puts planned beside actual; benchmarks/plan.py does it for serving. Memory is that of the few steps measured: a process on a CPU goes on
-growing (docs/LOG.md, "resident memory of a CPU run"), so a long run holds more than planned. Not done: that growth, several devices.
+puts planned beside actual; benchmarks/plan.py does it for serving. Memory is that of the steps measured, two dozen where a step takes no
+more than two seconds: a process on a CPU goes on growing for about as many (docs/LOG.md), so of slower ones a run may hold more than
+planned. Not done: that growth, files of tokens that are mapped as they are read, several devices.
 """
 
 from __future__ import annotations

@@ -54,9 +54,8 @@ from jevons.train.policy import policy_loss
 from jevons.train.trainer import Trainer
 
 SECONDS = 25.0  # of steps, at least
-STEPS = 6  # at least, the first ones included, unless they take longer than MOST
-MOST = 60.0  # seconds, after which one step has to do
-WARM = 2  # steps that are not like the others
+STEPS = 24  # at least, unless they take longer than MOST: by then a process has most of the memory that it will have (docs/LOG.md)
+MOST = 45.0  # seconds, after which two steps have to do
 GROUPS = 64  # of reinforcement learning that are sampled at most, or a step's
 CHATS, HELD_OUT = 1000, 8  # of fine-tuning, that are tokenised and whose loss is measured
 WINDOWS = 16  # of held-out text
@@ -103,14 +102,22 @@ def home_of(source: Path | None, prepared: Path | None) -> Path:
 
 
 def _steps(step: Callable[[int], None], where: torch.device) -> tuple[float, float]:
-    """Seconds of a step, and what the first ones took beyond that."""
+    """Seconds of a step, and what the first ones took beyond that. The first half warms up: until blocks of every size were needed once a
+    process asks the system for memory, oneDNN makes a primitive for each new shape, and a new router's loads are not yet what they become.
+    """
     clock, seconds = Clock(), list[float]()
-    while sum(seconds) < SECONDS or (len(seconds) < STEPS and sum(seconds) < MOST):
+    while len(seconds) < 2 or (sum(seconds) < MOST and (sum(seconds) < SECONDS or len(seconds) < STEPS)):
         step(len(seconds))
         device.synchronize(where)
         seconds.append(clock.lap())
-    mean = fmean(seconds[WARM:] or seconds)
-    return mean, max(sum(seconds[:WARM]) - len(seconds[:WARM]) * mean, 0.0)
+    return steady(seconds)
+
+
+def steady(seconds: list[float]) -> tuple[float, float]:
+    """What a step takes in the later half of these, and how much the others took beyond that: together these steps' whole time."""
+    first = len(seconds) // 2
+    mean = fmean(seconds[first:])
+    return mean, sum(seconds[:first]) - first * mean
 
 
 def _pretrain(
