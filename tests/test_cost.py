@@ -179,7 +179,7 @@ def test_render():
     parts = "tiny on cpu|1.23M|pretrain|12,346|0.0300|30.0%|1m 40s|3.00 T|planned|1.00M|0.0090|1.24M|2m 00s"
     assert [part for part in parts.split("|") if part not in text] == []
     console.print(render([]))
-    assert [format_amount(v) for v in (0, 0.01234, 5576000.0)] == ["0.00", "0.0123", "5,576,000.00"]
+    assert [format_amount(v) for v in (0, 0.00004321, 0.01234, 5576000.0)] == ["0.00", "0.000043", "0.0123", "5,576,000.00"]
     assert [format_seconds(v) for v in (4.24, 59.99, 185, 7620, 4_683_600)] == ["4.2s", "1m 00s", "3m 05s", "2h 07m", "54d 05h"]
     assert [format_flops(v) for v in (0, 5e5, 250.46e9, 3.71e24)] == ["0 FLOP", "500,000 FLOP", "250.46 GFLOP", "3.71 YFLOP"]
 

@@ -370,6 +370,7 @@ def test_the_command(tmp_path):
     parts = "off by|+10.0%|1.50 GiB|served, uptime counted|$0.50 a thousand right answers|$0.01 a point|idle time counted: $0.38|in all"
     assert [part for part in parts.split("|") if part not in out] == [] and "\N{HORIZONTAL ELLIPSIS}" not in out
     assert max(map(len, out.splitlines())) <= 80
+    assert "no key was used since then" in jevons("--keys", "--since", "2027-01-01")
     assert json.loads(jevons("tiny", "--json", "-"))["total"]["stages"] == 5
     assert jevons("--csv", "-").startswith("run_id,run,stage,")
     files = [str(tmp_path / name) for name in ("a.json", "a.html")]

@@ -182,8 +182,8 @@ def format_difference(share: float) -> str:
 
 
 def format_amount(amount: float) -> str:
-    """Money or hours: two decimals, four where two would hide most of it."""
-    return f"{amount:,.4f}" if 0 < abs(amount) < 1 else f"{amount:,.2f}"
+    """Money or hours: two decimals; four, or six, where fewer would hide most of it."""
+    return f"{amount:,.{6 if abs(amount) < 1e-4 else 4}f}" if 0 < abs(amount) < 1 else f"{amount:,.2f}"
 
 
 def format_count(count: int) -> str:

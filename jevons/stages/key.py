@@ -86,7 +86,7 @@ def list_keys(root: Root = Path("runs"), ledger: URL = None) -> None:
         table.add_column(column, no_wrap=column != "limits", justify="right" if column == "spent" else "left")
     for row in _store(root, ledger).all_keys():
         state = row.state(time.time())
-        cells = (row.name, row.id, row.prefix, format_amount(row.spent), _limits(row), state)
+        cells = (row.name, row.id, row.prefix, f"${format_amount(row.spent)}", _limits(row), state)
         table.add_row(*cells, style=None if state == "active" else "dim")
     Console().print(table)
 
@@ -144,7 +144,7 @@ def render(rows: Sequence[UsageSums], elsewhere: Mapping[str, float], since: flo
     counts = {"requests": "calls", "prompt": "prompt", "cached": "cached", "completion": "output", "reasoning": "thought"}
     footers = {head: format_count(sum(getattr(row, field) for row in rows)) for field, head in counts.items()}
     footers |= {"first token": "", "hours": format_amount(sum(row.device_seconds for row in rows) / 3600)}
-    footers |= {"money": format_amount(sum(row.money for row in rows)), "elsewhere": format_amount(sum(elsewhere.values()))}
+    footers |= {"money": f"${format_amount(sum(row.money for row in rows))}", "elsewhere": f"${format_amount(sum(elsewhere.values()))}"}
     table.add_column("key", footer="total", overflow="fold")
     for head, footer in footers.items():
         table.add_column(head, footer=footer, justify="right", no_wrap=head != "first token")
@@ -153,7 +153,8 @@ def render(rows: Sequence[UsageSums], elsewhere: Mapping[str, float], since: flo
             row.label,
             *(format_count(getattr(row, field)) for field in counts),
             "-" if row.ttft is None else f"{row.ttft:.2f}s",
-            *(format_amount(v) for v in (row.device_seconds / 3600, row.money, elsewhere[row.group])),
+            format_amount(row.device_seconds / 3600),
+            *(f"${format_amount(money)}" for money in (row.money, elsewhere[row.group])),
         )
     return table
 

@@ -90,10 +90,12 @@ def show(invoice: Invoice, console: Console) -> None:
         for s in invoice.sessions:
             calls, price = s.sums.requests if s.sums else 0, s.money_per_million
             cells = [f"{datetime.fromtimestamp(s.receipt.started, UTC):%m-%d %H:%M}", format_seconds(s.receipt.seconds), f"{s.busy:.1%}"]
-            cells += [format_count(calls), format_count(s.tokens), format_amount(s.receipt.money)]
-            found.add_row(Text(s.receipt.run), *cells, "-" if price is None else format_amount(price))
+            cells += [format_count(calls), format_count(s.tokens), f"${format_amount(s.receipt.money)}"]
+            found.add_row(Text(s.receipt.run), *cells, "-" if price is None else f"${format_amount(price)}")
         console.print(found)
-    if invoice.keys is not None:
+    if invoice.keys == []:
+        console.print("no key was used yet" if invoice.since is None else "no key was used since then")
+    elif invoice.keys is not None:
         console.print(render_keys(invoice.keys, invoice.keys_elsewhere, invoice.since, invoice.compare))
     if invoice.runs and not invoice.receipts:
         console.print("nothing began since then" if invoice.since else "no receipts yet")
