@@ -612,7 +612,7 @@ def test_keys_and_their_limits(scripted):
 
 
 def test_a_stream_holds_its_place_until_its_end(tokenizer, tmp_path):
-    engine = ScriptedEngine(tokenizer, "The quick brown fox jumps over the lazy dog.", step_time=0.3)
+    engine = ScriptedEngine(tokenizer, "The quick brown fox jumps over the lazy dog." * 20, step_time=0.3)
     service, keys = make_service(engine, tokenizer, tmp_path / "ledger.db", keyed=True)
     _, secret = keys.create("one", concurrency=1)
     body, headers = {"model": "tiny", "messages": [USER], "stream": True}, {"x-api-key": secret}
@@ -673,12 +673,28 @@ def test_an_error_in_mid_stream_is_an_event(scripted, path, body):
 
 
 def test_waiting_streams_are_kept_open(scripted):
-    client = scripted("Yes.", limits=Limits(keep_alive=0.03), step_time=0.1)
+    client = scripted("Yes.", limits=Limits(keep_alive=0.03), step_time=1.0)
+    step = client.engine.step
+
+    def slow_once():
+        events, client.engine.step_time = step(), 0.0
+        return events
+
+    client.engine.step = slow_once
     response = chat(client, stream=True)
     assert response.text.startswith(": keep-alive\n\n") and joined(chunks(response))[0]["content"] == "Yes."
 
 
 # --- the rest
+
+
+def test_health_is_bad_only_where_nothing_is_answered(scripted):
+    client = scripted("Yes.")
+    assert ok(client.get("/health")) == {"status": "ok", "error": None}
+    client.service.meter.error = "disk full"
+    assert "database" in ok(client.get("/health"))["error"]
+    client.service.draining = True
+    assert client.get("/health").status_code == 503
 
 
 def test_embeddings(real):

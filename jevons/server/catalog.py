@@ -175,15 +175,14 @@ def _state(api: APIRouter, service: Service, identify: Admit, balance: Callable[
 
     @api.get("/health", responses=responses(health) | unhealthy, response_model=None)
     async def health_check() -> Response:
-        wrong = None
+        wrong, code = None, 200
         if not service.engine_loop.alive:
-            wrong = "the engine has stopped"
+            wrong, code = "the engine has stopped", 503
         elif service.draining:
-            wrong = "the server is shutting down"
+            wrong, code = "the server is shutting down", 503
         elif service.meter.error:
             wrong = "the usage database cannot be written"  # requests are still answered while the meter's queue has room
-        status = "ok" if wrong is None else wrong
-        return JSONResponse({"status": status, "error": wrong}, status_code=200 if wrong is None or service.meter.error else 503)
+        return JSONResponse({"status": wrong or "ok", "error": wrong}, status_code=code)
 
     content = {CONTENT_TYPE_LATEST.partition(";")[0]: {"schema": {"type": "string"}}}
     text: dict[int | str, dict[str, Any]] = {200: {"description": "Prometheus's text format", "content": content}}

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 class Failure:
     """In an event's place: the engine could not go on with this request."""
 
-    error: Exception
+    error: APIError | ValueError  # the latter: the engine's refusal
 
 
 News = Event | Failure
@@ -120,9 +120,9 @@ class EngineLoop:
                 pass
             try:
                 events = self.engine.step()
-            except Exception as error:
+            except Exception:
                 log.exception("the engine's step failed; requests under way end with an error")
-                self._fail(error)
+                self._fail(APIError(500, "the engine failed on this request; see the server's log", code="engine_error"))
                 continue
             self._deliver([(*self._boxes[event.id], event) for event in events if event.id in self._boxes])
             for event in events:
@@ -132,7 +132,7 @@ class EngineLoop:
             if events and self._commands.empty():
                 time.sleep(0)  # let the event loop have the interpreter before the next step takes it
 
-    def _fail(self, error: Exception) -> None:
+    def _fail(self, error: APIError) -> None:
         """End every request under way with `error` and free its memory."""
         boxes, self._boxes = self._boxes, {}
         self.engine.abort_all()

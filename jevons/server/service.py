@@ -277,9 +277,7 @@ class _Choice:
         return Update(number, pieces, tokens, self.finish, self.stop, usage, prompt_logprobs, embedding)
 
 
-def _refusal(error: Exception) -> APIError:
+def _refusal(error: APIError | ValueError) -> APIError:
     if isinstance(error, APIError):
         return error
-    if isinstance(error, ValueError):
-        return APIError(400, str(error), param=str(error).partition(":")[0] if ":" in str(error) else None)
-    return APIError(500, "the engine failed on this request; see the server's log", code="engine_error")
+    return APIError(400, str(error), param=str(error).partition(":")[0] if ":" in str(error) else None)
