@@ -230,10 +230,13 @@ def test_why_it_stopped(server):
     assert reason(Piece("content", "a"), finish="length", max_tokens=9) == ("max_tokens", None)
 
 
-def test_arguments_that_are_no_json_still_reach_the_client(server):
-    script = [said(Piece("call", call=0, id="c", name="add"), Piece("call", '{"a": '), finish="length")]
+@pytest.mark.parametrize(
+    "text", ['{"a": ', '{"a": NaN}', '{"a": "\\ud800"}', '{"a": ' + "[" * 10_000], ids=["cut", "nan", "surrogate", "deep"]
+)
+def test_arguments_that_are_no_json_still_reach_the_client(server, text):
+    script = [said(Piece("call", call=0, id="c", name="add"), Piece("call", text), finish="length")]
     whole = server.post(ASK, *script).json()
-    assert whole["content"] == [{"type": "tool_use", "id": "c", "name": "add", "input": {"INVALID_JSON": '{"a": '}}]
+    assert whole["content"] == [{"type": "tool_use", "id": "c", "name": "add", "input": {"INVALID_JSON": text}}]
     assert rebuilt(list(events(server.post(ASK | {"stream": True}, *script).text)))["content"] == whole["content"]
 
 

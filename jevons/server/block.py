@@ -72,7 +72,8 @@ class Blocks:
 def _arguments(text: str) -> tuple[str, dict[str, Any]]:
     try:
         value = json.loads(text)
-    except ValueError:
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()  # NaN and halves of surrogate pairs are Python's, not JSON's
+    except (ValueError, RecursionError):
         value = None
     if isinstance(value, dict):
         return text, value
