@@ -35,7 +35,7 @@ from jevons.progress import Meter
 from jevons.recipe import load
 from jevons.run import Run
 from jevons.server.uptime import Uptime
-from jevons.stages.invoice import gather
+from jevons.stages.invoice import Answers, gather
 from jevons.stages.printout import document, findings, table
 from jevons.stages.statement import course, draw_course, statement
 from jevons.stages.step import StepLog
@@ -293,6 +293,9 @@ def test_evaluations_of_several_models(tmp_path):
     (tmp_path / "evaluations" / "sums.json").write_text(json.dumps({"task": "sums", "samples": 4, "models": [entry]}))
     (answers,) = report(tmp_path)["answers"]
     assert (answers["correct"], answers["answers"], answers["money_per_correct"]) == (40, 80, approx(0.1 / 40))
+    invoice = found(tmp_path)
+    invoice.answers.append(Answers("other", "sums", "", 4, 0, 0.1))
+    assert [line.partition(":")[0] for line in findings(invoice)] == ["sums m of sums", "sums of other"]
 
 
 def test_a_bound_is_not_missed_but_kept(tmp_path):

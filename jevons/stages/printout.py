@@ -111,7 +111,7 @@ def findings(invoice: Invoice) -> list[str]:
     several = len({answers.run for answers in invoice.answers}) > 1
     out = []
     for a in invoice.answers:
-        whose = f" {a.model}" * bool(a.model) + f" of {a.run}" * several
+        whose = f" {a.model}" * bool(a.model) + f" of {a.run.removesuffix(f' {a.model}')}" * several
         cost = f", {each(a.money_per_correct, 'right answer')}" if a.money_per_correct is not None else ""
         out.append(f"{a.task}{whose}: {a.correct:,} of {a.answers:,} answers right{cost}")
     out += map(tell_gain, invoice.gains)
