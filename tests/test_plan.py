@@ -161,6 +161,23 @@ def test_memory_of_training_by_part():
         assert max(memory.activations + memory.logits, memory.gradients) <= memory.total - memory.weights - memory.moments
 
 
+# MiB that processes held at most after 24 steps or more on two kinds of AMD EPYC (docs/LOG.md)
+HELD = [
+    ("text", ["pretrain.batch_size=4", "dtype=bfloat16"], 1269),
+    ("text", ["pretrain.batch_size=4", "dtype=float32"], 1105),
+    ("text", ["pretrain.batch_size=4", "dtype=float32"], 1173),
+    ("text", ["dtype=float32"], 1526),
+    ("text", ["dtype=float32"], 1679),
+    ("quickstart", ["dtype=bfloat16"], 634),
+]
+
+
+@pytest.mark.parametrize("name, changes, held", HELD)
+def test_counted_memory_is_what_processes_held(name, changes, held):
+    stage = next(s for s in make_plan(name, changes, Options(on="here")).stages if s.stage == "pretrain")
+    assert stage.memory.total / 2**20 == pytest.approx(held, rel=0.1)
+
+
 QUICK = {"today": date(2026, 11, 27)}
 
 

@@ -9,8 +9,9 @@ them in real steps. At its highest, memory is that of the end of the forward pas
 appear while activations go, so both are never there in full.
 
 Several devices are counted as if weights, gradients and optimizer were dealt out evenly (ZeRO, arXiv 1910.02054, and expert
-parallelism): a bound, since this trainer has one device. Not done: fragmentation, buffers of
-communication, pipelines, activations in other formats than the weights'.
+parallelism): a bound, since this trainer has one device. What a process on a CPU has beside that is not counted but fitted: its own size
+and the freed blocks that it keeps (docs/LOG.md). Not done: fragmentation on GPUs, buffers of communication, pipelines, activations in
+other formats than the weights'.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ from jevons.model.config import ModelConfig
 MOMENTS = 8  # bytes a parameter of AdamW's two, in fp32
 CHUNK_ELEMENTS, CHUNK_ROWS = 2**22, 256  # logits at work in kernels/cross_entropy.py
 KEPT_LOGITS, BLOCK_ELEMENTS = 2**29, 2**21  # in kernels/log_prob.py
+PROCESS = {2: 0.6e9, 4: 0.37e9}  # bytes of a process itself on a CPU, by those of a scalar: in bf16 oneDNN keeps what it made
+CONTEXT = 0.6e9  # of one with a GPU
+KEPT = 0.5  # of activations and logits: freed blocks on a CPU that fit nothing later, where experts' rows differ from step to step
 PADDING = 1.2  # rows that experts compute in bf16 on a CPU for one that they were given: kernels/experts.py fills groups up
 TARGETS = ("attention", "mlp", "experts")
 
@@ -39,6 +43,7 @@ class Memory:
     logits: float  # of the loss, with the head's gradient in fp32
     cache: float = 0.0  # of keys and values
     other: float = 0.0  # the process or context itself, a second model
+    freed: float = 0.0  # blocks that nobody uses and the process keeps
     reused: float = 0.0
 
     @property
@@ -88,6 +93,7 @@ def training_memory(
     logits = _logits(config, tokens, dtype_bytes, loss, 1 + depth, head=lora_rank is None)
     # the loss is at work while all activations are there; later a layer's backward pass needs about what its forward pass saved
     logits = max(logits, tokens * max(layers))
+    mixed = cpu and any(config.is_moe(layer) for layer in range(config.num_hidden_layers))
     return Memory(
         weights=held * dtype_bytes / devices,
         gradients=(made + kept) / devices,
@@ -96,6 +102,7 @@ def training_memory(
         logits=logits,
         cache=cache,
         other=other,
+        freed=KEPT * (activations + logits) * mixed,
         reused=min(made / devices, activations + logits),
     )
 

@@ -38,6 +38,7 @@ PARTS = {  # of Memory, as they are called in a table
     "logits": "logits, head's gradient",
     "cache": "keys and values",
     "other": "the process, a reference",
+    "freed": "freed blocks that it keeps",
 }
 
 

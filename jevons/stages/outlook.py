@@ -20,7 +20,7 @@ from pathlib import Path
 from jevons.cost.arithmetic import forward_flops, train_flops, weight_bytes
 from jevons.cost.deployment import FORMATS, Deployment, Layout
 from jevons.cost.hardware import Cluster, Device
-from jevons.cost.memory import Memory, cache_memory, training_memory
+from jevons.cost.memory import CONTEXT, PROCESS, Memory, cache_memory, training_memory
 from jevons.cost.training import StagePlan, training_hours
 from jevons.model.config import ModelConfig
 from jevons.recipe import Recipe
@@ -32,7 +32,6 @@ FULL = 0.75  # of sequence_length, a conversation
 TEXT = 4.0  # bytes of a token
 PREPARED = 4e5  # tokens/s of one process: recipes/text.toml takes half a minute for 100 MB with two
 DOCUMENT = 45  # tokens of a generated conversation, for each of its problems
-BASE = 0.6e9  # bytes of a process that has loaded torch, or of a CUDA context
 LEAST_DEVICES = 65536  # more are not tried
 
 Trials = Iterator[tuple[str, Callable[[], Memory]]]
@@ -42,17 +41,18 @@ class Outlook:
     """The stages of one recipe on one cluster."""
 
     def __init__(
-        self, recipe: Recipe, config: ModelConfig, on: Cluster, share: float, origin: str, cpu: Device, base: float = BASE
+        self, recipe: Recipe, config: ModelConfig, on: Cluster, share: float, origin: str, cpu: Device, base: float = 0.0
     ) -> None:
         """`share` of the bf16 peak that training reaches, and `origin`, where that is from. `cpu`: what text is prepared on, two
-        cores of it a unit. `base`: bytes of the process itself.
+        cores of it a unit. `base`: bytes that a process has at least.
         """
-        self.recipe, self.config, self.on, self.cpu, self.base = recipe, config, on, cpu, base
+        self.recipe, self.config, self.on, self.cpu = recipe, config, on, cpu
         self.share, self.basis = share, f"{share:.1%} of peak, {origin}"
         self.assumed: list[str] = []
         self.step_tokens: dict[str, float] = {}  # that an optimizer step of fine-tuning or reinforcement learning trains on
         self.on_cpu = on.device.name.startswith("CPU")
         self.bytes = 2 if recipe.dtype == "bfloat16" else 4
+        self.base = max(base, PROCESS[self.bytes] if self.on_cpu else CONTEXT)
 
     def stages(self) -> list[StagePlan]:
         makers = {"prepare": self.prepare, "pretrain": self.pretrain, "sft": self.sft, "rl": self.rl, "evaluate": self.evaluate}

@@ -36,7 +36,7 @@ from jevons.model.family import load_config
 from jevons.recipe import Recipe
 from jevons.section import Addition
 from jevons.stages import forecast
-from jevons.stages.outlook import BASE, Outlook
+from jevons.stages.outlook import Outlook
 
 HERE = "here"
 ROOM = 0.95  # of a device's memory; the rest is fragmentation and what the system takes
@@ -279,7 +279,7 @@ def _share(recipe: Recipe | None, on: Cluster, options: Options) -> tuple[float,
 def _stages(plan: Plan, recipe: Recipe, config: ModelConfig, options: Options, hardware: Hardware, profile: Profile | None) -> Plan:
     """Every stage, measured where it was, and what does not fit."""
     on = plan.on
-    base = max(BASE, profile.base_memory) if profile else BASE
+    base = profile.base_memory if profile else 0
     outlook = Outlook(recipe, config, on, *_share(recipe, on, options), hardware.device("CPU"), base)
     stages, shortages, assumed = [], [], []
     for stage in outlook.stages():
