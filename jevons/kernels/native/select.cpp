@@ -50,15 +50,11 @@ void top(const float* scores, long n, long m, bool in_order, int32_t* out) {
     }
     found.clear();
     long i = 0;
-    for (; i + LANES <= n; i += LANES) {
-        auto reached = get_wide(scores + i) >= bound;
-        uint64_t any[LANES / 2], one = 0;
-        std::memcpy(any, &reached, sizeof any);
-        for (uint64_t pair : any) one |= pair;
-        if (one)
-            for (long j = i; j < i + LANES; j++)
-                if (scores[j] >= bound) found.push_back(ranked(scores[j], j));
-    }
+    for (; i + LANES <= n; i += LANES)
+        for (uint32_t bits = reached(get_wide(scores + i), bound); bits; bits &= bits - 1) {
+            long j = i + __builtin_ctz(bits);
+            found.push_back(ranked(scores[j], j));
+        }
     for (; i < n; i++)
         if (scores[i] >= bound) found.push_back(ranked(scores[i], i));
     for (long j = 0; j < n && long(found.size()) < m; j++)  // there are fewer numbers than m
@@ -84,16 +80,18 @@ void choose(const float* scores_row, const float* scores_column, const Rule& rul
     const long N = rule.N, R = rule.R, M = rule.M;  // no structured binding: clang captures none in C++17
     const float* core = rule.core;
     const bool in_order = rule.in_order;
-    float* pairs = memory.get<float>(M * M + 4 * M * R + 3 * M);
-    float *rows = pairs + M * M, *columns = rows + M * R, *through = columns + M * R;  // through: rows core, (M, R); columns are (R, M)
+    const long W = (M + LANES - 1) / LANES * LANES;  // a row of pairs is computed in whole vectors, what is too much below the next one
+    float* pairs = memory.get<float>(M * M + LANES + 3 * M * R + R * W + 3 * M);
+    float *rows = pairs + M * M + LANES, *columns = rows + M * R, *through = columns + R * W;  // through: rows core, (M, R); columns are (R, W)
     float* numbers = through + M * R;
     int32_t *keys_a = reinterpret_cast<int32_t*>(numbers + M * R), *keys_b = keys_a + M, *best = keys_b + M;
     top(scores_row, N, M, false, keys_a);
     top(scores_column, N, M, false, keys_b);
     read(0, keys_a, rows);
     read(1, keys_b, numbers);
+    std::fill(columns, columns + R * W, 0.0f);
     for (long i = 0; i < M; i++) {
-        for (long r = 0; r < R; r++) columns[r * M + i] = numbers[i * R + r];
+        for (long r = 0; r < R; r++) columns[r * W + i] = numbers[i * R + r];
         for (long s = 0; s < R; s++) {
             float total = 0;
             for (long r = 0; r < R; r++) total += rows[i * R + r] * core[r * R + s];
@@ -101,11 +99,11 @@ void choose(const float* scores_row, const float* scores_column, const Rule& rul
         }
     }
     for (long i = 0; i < M; i++)
-        each_wide(M, [&](long j, auto get, auto put) {
-            auto total = get(columns + j) * through[i * R];
-            for (long s = 1; s < R; s++) total += get(columns + s * M + j) * through[i * R + s];
-            put(pairs + i * M + j, total);
-        });
+        for (long j = 0; j < M; j += LANES) {
+            Wide total = get_wide(columns + j) * through[i * R];
+            for (long s = 1; s < R; s++) total += get_wide(columns + s * W + j) * through[i * R + s];
+            put_wide(pairs + i * M + j, total);
+        }
     top(pairs, M * M, M, in_order, best);
     for (long i = 0; i < M; i++) {
         long x = best[i] / M, y = best[i] % M;

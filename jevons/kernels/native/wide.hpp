@@ -63,6 +63,9 @@ static inline Wide root(Wide x) {
 }
 
 static inline float sum(Wide x) {  // in one order always
+#ifdef __AVX512F__
+    return _mm512_reduce_add_ps((__m512)x);  // in this order
+#endif
     float lanes[LANES];
     put_wide(lanes, x);
     for (int step = LANES / 2; step; step /= 2)
@@ -75,6 +78,15 @@ static inline void sums(const Wide* x, float* out) {  // of four
     _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1)));
 #else
     for (int i = 0; i < 4; i++) out[i] = sum(x[i]);
+#endif
+}
+
+// bit i: whether x[i] is at least `bound`
+static inline uint32_t reached(Wide x, float bound) {
+#ifdef __AVX512F__
+    return _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(bound), _CMP_GE_OQ);
+#else
+    return uint32_t(_mm256_movemask_ps(_mm256_cmp_ps((__m256)x, _mm256_set1_ps(bound), _CMP_GE_OQ)));
 #endif
 }
 
