@@ -12,13 +12,16 @@ import torch
 from jevons.data.chat import DEFAULT_TEMPLATE, Message
 from jevons.data.tokenizer import SPECIAL_TOKENS, train_bpe
 from jevons.data.trajectory import Lesson, pack_lessons
-from jevons.engine.engine import Event
+from jevons.engine.engine import Engine, Event
 from jevons.engine.sequence import Sample, SamplingParams
 from jevons.stages import rollout
 from jevons.stages.dialogue import arguments, bridge, read_reply, template_of
 from jevons.stages.rollout import WAIT, Asked, Sampler
 from jevons.tasks.task import Problem
 from jevons.tasks.tool import Equipped
+from jevons.train.objective import Objective
+from jevons.train.policy import policy_loss
+from jevons.train.trainer import Trainer
 
 ADD = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}}}}
 CALL = {"id": "call00000", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
@@ -238,3 +241,23 @@ def test_a_tool_that_fails_is_our_fault_and_raises():
 
     with pytest.raises(OSError, match="no process"):
         sampled([CALLING, "3<|im_end|>"], broken, 1)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "deepseek_v3"])
+def test_over_turns_the_trainer_finds_what_the_sampler_drew_at(tiny_model, monkeypatch, family):
+    """Every turn calls a tool here, whatever it is: the next one reads the last from the cache, and what was drawn counts alone."""
+    tokenizer, task = make(DEFAULT_TEMPLATE), Sums(tools_=("calculator",))
+    call = {"id": "call00000", "type": "function", "function": {"name": "calculator", "arguments": '{"expression": "1+2"}'}}
+    monkeypatch.setattr(rollout, "read_reply", lambda *args, **options: Message("assistant", tool_calls=(call,)))
+    model = tiny_model(family, vocab_size=tokenizer.size, max_position_embeddings=1024)
+    engine = Engine(model, max_sequences=8, num_blocks=400, stop_ids=range(0, tokenizer.size, 6))
+    params = SamplingParams(max_tokens=300, temperature=0.7, top_p=0.9, record_routes=family != "qwen2", record_support=True)
+    asked = [Asked(task, task.problem("train", i, 0), (0, i)) for i in range(2)]
+    groups = Sampler(engine, tokenizer, params, 3).sample(asked, 3, ("x",), lambda drawn: None)
+    trajectories = [t for group in groups for t in group.trajectories]
+    assert all(t.turns == 3 and t.finished for t in trajectories)
+    assert all(text.count("[calculator] 3") == 2 for text in groups[0].transcripts)
+    batch = pack_lessons([Lesson(t, 1.0, 1.0) for t in trajectories], temperature=0.7)
+    metrics = Trainer(model, mtp_weight=0).forward_backward([batch], policy_loss(Objective()), 1.0)
+    assert metrics.stats["max_mismatch"] < 1e-4 and metrics.stats["policy_tokens"] == sum(t.drawn for t in trajectories)
+    assert metrics.stats["ratio"] == pytest.approx(metrics.stats["policy_tokens"], rel=1e-5)
