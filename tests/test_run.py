@@ -705,6 +705,11 @@ def test_a_model_is_trained_further(tmp_path, recipe, jevons_, finished):
     losses = [r["validation_loss"] for r in rows(tmp_path / "tiny") if "validation_loss" in r]
     assert losses[0] == pytest.approx(before, rel=1e-6) and losses[-1] < losses[0]  # the same tokenizer, the same weights
     assert (tmp_path / "tiny/pretrain/model/tokenizer.json").read_bytes() == (model / "tokenizer.json").read_bytes()
+    # what no loss reaches stays as it was: weight decay would shrink it
+    assert jevons_("run", path, "--runs", tmp_path, "name=c", *changes, "pretrain.mtp_weight=0")[0] == 0
+    old, new = (load_file(folder / "model.safetensors") for folder in (model, tmp_path / "c/pretrain/model"))
+    own = [name for name in new if re.match(r"model\.layers\.2\.(mlp|self_attn|eh_proj)", name)]  # others are the main model's
+    assert own and all(new[name].equal(old[name]) for name in own) and not new["lm_head.weight"].equal(old["lm_head.weight"])
     train_bpe(WORDS * 2, 400).save(tmp_path / "large")
     code, _, err = jevons_("run", path, "--runs", tmp_path, "name=b", f"prepare.tokenizer={tmp_path / 'large'}", *changes)
     assert code == 1 and "the model's embedding 320" in err
@@ -800,7 +805,7 @@ def test_receipt_and_report(copy, jevons_):
     assert code == 0 and all(word in out for word in ("prepare", "pretrain", "planned", "evaluate", "total", "5.12K"))
     assert jevons_("receipt", "--runs", copy)[1] == out == jevons_("receipt", "tiny", "--runs", copy)[1]
     code, _, err = jevons_("receipt", "other", "--runs", copy)
-    assert code == 1 and "other: no such run" in err
+    assert code == 1 and re.search(r"other: no such run in .*; there are tiny\n", err)
     (copy / "tiny/report.html").unlink()
     code, out, _ = jevons_("report", copy / "tiny")
     assert code == 0 and out.replace("\n", "") == str(copy / "tiny/report.html") and (copy / "tiny/report.html").exists()

@@ -169,7 +169,8 @@ def gather(
         places = {str(place): place for place in (ledger, own if own.exists() else None) if place is not None}
         rows = {(receipt.run_id, receipt.stage): receipt for place in places.values() for receipt in _rows(place, name)}
         if not rows and run:
-            raise ValueError(f"{run}: no such run in {own}")
+            names = sorted({receipt.run for place in places.values() for receipt in _rows(place, None)})
+            raise ValueError(f"{run}: no such run in {own}; there are {', '.join(names[:20]) or 'none'}")
         if name:
             invoice.run = next(iter(rows.values())).run
         kept = [part for receipt in rows.values() if (part := _after(receipt, since)) is not None]
