@@ -706,8 +706,8 @@ def test_a_model_is_trained_further(tmp_path, recipe, jevons_, finished):
     assert losses[0] == pytest.approx(before, rel=1e-6) and losses[-1] < losses[0]  # the same tokenizer, the same weights
     assert (tmp_path / "tiny/pretrain/model/tokenizer.json").read_bytes() == (model / "tokenizer.json").read_bytes()
     # what no loss reaches stays as it was: weight decay would shrink it
-    assert jevons_("run", path, "--runs", tmp_path, "name=c", *changes, "pretrain.mtp_weight=0")[0] == 0
-    old, new = (load_file(folder / "model.safetensors") for folder in (model, tmp_path / "c/pretrain/model"))
+    assert jevons_("run", path, "--runs", tmp_path, "name=still", *changes, "pretrain.mtp_weight=0")[0] == 0
+    old, new = (load_file(folder / "model.safetensors") for folder in (model, tmp_path / "still/pretrain/model"))
     own = [name for name in new if re.match(r"model\.layers\.2\.(mlp|self_attn|eh_proj)", name)]  # others are the main model's
     assert own and all(new[name].equal(old[name]) for name in own) and not new["lm_head.weight"].equal(old["lm_head.weight"])
     train_bpe(WORDS * 2, 400).save(tmp_path / "large")

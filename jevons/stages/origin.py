@@ -1,4 +1,4 @@
-"""What fine-tuning and reinforcement learning begin with: the model of the stage before, or the recipe's, and a trainer over it."""
+"""What training stages begin with: the model of the stage before, or the recipe's, and a trainer over it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from jevons.model.folder import resolve
 from jevons.model.transformer import Transformer
 from jevons.recipe import TRAINING, Recipe
 from jevons.run import Run
-from jevons.section import Rl, Sft
+from jevons.section import Pretrain, Rl, Sft
 from jevons.train.lora import add_lora
 from jevons.train.trainer import Trainer
 
@@ -21,9 +21,9 @@ def origin(run: Run, recipe: Recipe, stage: str) -> Path:
     return resolve(recipe.model["path"])
 
 
-def make_trainer(model: Transformer, options: Sft | Rl, seed: int) -> Trainer:
+def make_trainer(model: Transformer, options: Pretrain | Sft | Rl, seed: int) -> Trainer:
     """What is trained: adapters, or all weights but those that no loss reaches, which weight decay would shrink."""
-    if lora := options.lora:
+    if lora := None if isinstance(options, Pretrain) else options.lora:
         add_lora(model, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, rslora=lora.rslora, seed=seed)
     elif not options.mtp_weight:
         model.model.layers[model.config.num_hidden_layers :].requires_grad_(False)
@@ -36,4 +36,5 @@ def make_trainer(model: Transformer, options: Sft | Rl, seed: int) -> Trainer:
         balance_weight=options.balance_weight,
         bias_speed=options.bias_speed,
         recompute=options.recompute,
+        compile=isinstance(options, Pretrain) and options.compile,
     )

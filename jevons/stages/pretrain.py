@@ -25,6 +25,7 @@ from jevons.recipe import Recipe
 from jevons.run import Interrupt, Interrupted, Run
 from jevons.section import Pretrain
 from jevons.stages.forecast import forecast, measured
+from jevons.stages.origin import make_trainer
 from jevons.stages.prepare import tokenizer_folder
 from jevons.stages.sample import log_samples
 from jevons.stages.step import StepLog
@@ -49,7 +50,7 @@ def pretrain(run: Run, recipe: Recipe, interrupt: Interrupt) -> None:
         model = make_model(recipe, tokenizer, where)
         _fits(model, tokenizer, options)
         corpus = open_corpus(run.stage_folder("prepare"), tokenizer, recipe)
-        trainer = make_trainer(model, options)
+        trainer = make_trainer(model, options, recipe.seed)
         memory = memory_schedule(options, model.config)
         peak = spending.receipt.peak_flops = device.measure_peak(where, model.model.embed_tokens.weight.dtype)
         flops = train_flops(model.config, options.sequence_length, mtp=_mtp(model, options))
@@ -91,20 +92,6 @@ def open_corpus(prepared: Path, tokenizer: Tokenizer, recipe: Recipe) -> Corpus:
     assert options is not None
     length, split = options.sequence_length, options.split_documents
     return Corpus.open(prepared, tokenizer, sequence_length=length, split_documents=split, seed=recipe.seed)
-
-
-def make_trainer(model: Transformer, options: Pretrain) -> Trainer:
-    return Trainer(
-        model,
-        betas=options.betas,
-        weight_decay=options.weight_decay,
-        clip=options.clip,
-        mtp_weight=options.mtp_weight,
-        balance_weight=options.balance_weight,
-        bias_speed=options.bias_speed,
-        recompute=options.recompute,
-        compile=options.compile,
-    )
 
 
 def make_schedule(options: Pretrain) -> Schedule:

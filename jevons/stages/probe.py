@@ -130,7 +130,7 @@ def _pretrain(
     tokenizer = Tokenizer.load(prepared / "tokenizer")
     model = pretraining.make_model(recipe, tokenizer, where)
     corpus = pretraining.open_corpus(prepared, tokenizer, recipe)
-    trainer = pretraining.make_trainer(model, options)
+    trainer = make_trainer(model, options, recipe.seed)
     device.measure_peak(where, model.model.embed_tokens.weight.dtype)
     rates = {"start": clock.lap()}
     validation_loss(model, corpus, options.evaluate_windows)
