@@ -17,7 +17,6 @@ import platform
 import shutil
 import signal
 import subprocess
-import sys
 import time
 import tomllib
 import uuid
@@ -59,7 +58,8 @@ class Interrupt:
         if self.signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = number
-        print(f"\n{signal.Signals(number).name}: saving after this step (Ctrl-C again stops at once)", file=sys.stderr, flush=True)
+        # not by print: the signal may have come while something else was being printed, and a stream is not entered twice
+        os.write(2, f"\n{signal.Signals(number).name}: saving after this step (Ctrl-C again stops at once)\n".encode())
 
     @property
     def requested(self) -> bool:

@@ -17,6 +17,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import tomllib
 from pathlib import Path
@@ -36,6 +37,7 @@ from jevons.engine.engine import Engine
 from jevons.engine.sequence import SamplingParams
 from jevons.model.folder import load_model
 from jevons.recipe import load
+from jevons.run import Interrupt
 from jevons.stages import prepare, pretrain
 from jevons.stages.dialogue import prompt_ids
 from jevons.train import checkpoint, device, trainer
@@ -330,6 +332,27 @@ def test_a_signal_saves_and_the_next_run_finishes(number, tmp_path, recipe, jevo
     assert code == 0 and "continuing from step-00000007" in out
     assert_ends_alike(tmp_path / "tiny", finished)
     assert signal.getsignal(number) == before
+
+
+def test_a_signal_in_the_midst_of_a_message(monkeypatch, capfd):
+    end, start = os.pipe()
+    stream = open(start, "w")  # noqa: SIM115
+    monkeypatch.setattr(sys, "stderr", stream)
+
+    def signal_and_read():
+        time.sleep(0.2)  # until the pipe is full
+        os.kill(os.getpid(), signal.SIGTERM)
+        while os.read(end, 65536):
+            pass
+
+    with Interrupt() as interrupt:
+        reader = threading.Thread(target=signal_and_read)
+        reader.start()
+        stream.write("x" * 10**6)
+        stream.close()
+        reader.join()
+    os.close(end)
+    assert interrupt.signal == signal.SIGTERM and "SIGTERM: saving after this step" in capfd.readouterr().err
 
 
 def test_a_signal_while_preparing_or_evaluating(tmp_path, recipe, jevons_, monkeypatch, finished):
