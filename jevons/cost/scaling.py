@@ -334,7 +334,8 @@ def _memory(config: ModelConfig, length: int, cluster: Cluster, *, recompute: bo
 
 def _reasons(chosen: Option, other: Option, gain: Range, sure: bool, flops: float, measured: Measured | None) -> tuple[str, ...]:
     low, high, fit_low, fit_high = (format_count(round(n)) for n in (*chosen.flat, chosen.active.low, chosen.active.high))
-    said = [f"Active sizes from {low} to {high} cost at most 1 % of loss; the fit's 80 % interval is {fit_low} to {fit_high}."]
+    best = f"the law puts the best at {fit_low} to {fit_high} (80 % of its uncertainty), of which this is a shape that can be built"
+    said = [f"Active sizes from {low} to {high} cost at most 1 % more loss; {best}."]
     if not FITTED[0] <= chosen.flops <= FITTED[1]:
         said.append(f"The law was fitted to runs of {FITTED[0]:.0e} to {FITTED[1]:.0e} FLOPs; this one has {chosen.flops:.1e}.")
     if chosen.passes is not None and chosen.passes > 1:

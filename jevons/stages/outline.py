@@ -37,7 +37,7 @@ PARTS = {  # of Memory, as they are called in a table
     "activations": "activations",
     "logits": "logits, head's gradient",
     "cache": "keys and values",
-    "other": "the process, a reference",
+    "other": "process, reference model",
     "freed": "freed blocks that it keeps",
 }
 
@@ -276,7 +276,7 @@ def _budget(plan: Plan, console: Console) -> None:
         "tokens": [format_count(round(o.tokens)) for o in options],
         "FLOPs": [_flops(o.flops) for o in options],
         "hours": [_short(o.hours) for o in options],
-        "loss by the law, nats": [f"{o.loss.middle:.2f} ({o.loss.low:.2f} to {o.loss.high:.2f})" for o in options],
+        "loss by Chinchilla's law, nats": [f"{o.loss.middle:.2f} ({o.loss.low:.2f} to {o.loss.high:.2f})" for o in options],
         "GB of memory a device": [f"{o.memory / 1e9:,.1f}" for o in options],
     }
     for name, values in rows.items():

@@ -135,7 +135,8 @@ class Outlook:
         section = self.recipe.rl
         assert section is not None
         answer = ANSWER * section.max_tokens
-        self.assumed.append(f"rl: answers of {answer:,.0f} tokens on average, half of rl.max_tokens; problems of {PROMPT}")
+        said = f"half of rl.max_tokens; problems of {PROMPT}; all groups teach"
+        self.assumed.append(f"rl: answers of {answer:,.0f} tokens on average, {said}")
         samples = section.problems * section.group
         seconds, flops, drawn = self.generate(section.problems, section.group, answer, section.max_tokens)
         parts = {"rollouts": section.steps * seconds}

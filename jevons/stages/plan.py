@@ -131,7 +131,7 @@ def make_plan(name: str | None, overrides: list[str], options: Options) -> Plan:
     recipe, config = find(name, overrides, options) if name else (None, None)
     _heeded(name, recipe, options)
     on, profile = _machine(options.on, recipe, hardware, options.root)
-    plan = Plan(name or "a budget", on, config)
+    plan = Plan(name or f"a budget of ${options.budget:,.0f}", on, config)
     if recipe is not None and config is not None:
         in_bf16 = not on.device.name.startswith("CPU") or processor.multiplies_bf16()
         recipe = recipe.settle("bfloat16" if in_bf16 else "float32")
