@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -100,7 +101,7 @@ def test_past_the_limit_it_stops_with_the_last_failure(folder):
     with Grader(task, timeout=1.0, limit=3, processes=1) as grader:
         grader.grade([(problem, "raise"), (problem, "42"), (problem, "raise")])
         grader.grade([(problem, "raise")])
-        with pytest.raises(ValueError, match=r"custom: its verifier failed on 4 answers, more than the 3 allowed; the last: .*exit code 7"):
+        with pytest.raises(ValueError, match=r"custom: its verifier hung or crashed on 4 answers, more than the 3 allowed .*exit code 7"):
             grader.grade([(problem, "exit")])
 
 
@@ -138,7 +139,7 @@ def test_trusted_verifiers_run_here_and_are_counted_too():
     grader = Grader(Raising(), limit=1)
     grades = grader.grade([(problem, "raise"), (problem, "1"), (problem, "2")])
     assert grades == [Grade(0.0, "RuntimeError: at fault"), Grade(1.0), Grade(0.25)]
-    with pytest.raises(ValueError, match="failed on 2 answers, more than the 1 allowed; the last: RuntimeError: at fault"):
+    with pytest.raises(ValueError, match=r"on 2 answers, more than the 1 allowed \(rl.verifier_failures\); the last: .*at fault"):
         grader.grade([(problem, "raise")])
 
 
@@ -214,9 +215,13 @@ def test_what_a_verifier_started_ends_with_it(folder):
     session = grader._pool._idle[0].process.pid
 
     def group() -> list[int]:
-        stats = [(int(p.name), (p / "stat")) for p in Path("/proc").iterdir() if p.name.isdigit()]
-        fields = [(pid, stat.read_text().rpartition(")")[2].split()) for pid, stat in stats if stat.exists()]
-        return [pid for pid, after in fields if int(after[2]) == session and after[0] != "Z"]
+        found = []
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):  # of a process that ends just now
+                after = stat.read_text().rpartition(")")[2].split()
+                if int(after[2]) == session and after[0] != "Z":
+                    found.append(int(stat.parent.name))
+        return found
 
     assert group() == [session]
     assert "no answer" in grader.grade([(task.problem("train", 0, 0), "child")])[0].failure

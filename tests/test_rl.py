@@ -317,6 +317,38 @@ def test_groups_without_signal_are_left_out_and_counted(folder):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 
 
+def test_a_pull_needs_no_signal():
+    """Groups that agree are trained on where something else than their rewards pulls: a reference, or mirror descent's own policy."""
+    asked = Asked(get_task("arithmetic"), get_task("arithmetic").problem("train", 0, 0), (0, 0))
+    groups = []
+    for p, rewards in enumerate(([1.0, 0.0], [1.0, 1.0])):
+        sampled = [Trajectory([5, 6 + p], [7 + i, 8], [True, True], [-1.0, -1.0], [-1.0, -1.0], True, 0) for i in range(2)]
+        groups.append(Group(asked, sampled, ["", ""], rewards, [{"correct": r} for r in rewards]))
+    for changes, counts in (
+        ({}, [2]),
+        ({"kl_weight": 0.1}, [4]),
+        ({"loss": "mirror"}, [2]),  # its pull is nothing yet
+        ({"loss": "mirror", "updates": 2}, [2, 2]),
+        ({"updates": 2}, [2, 0]),
+    ):
+        found = stage.lessons(Harvest(groups, groups[:1], 1.0, 1.0), options(problems=2, **changes))
+        assert [len(part) for part, _ in found] == counts, changes
+
+
+def test_mirror_descent_begins_each_step_with_a_new_optimizer(folder):
+    """Trap 16: k1.5's every iteration is a problem of its own; the updates within one share their moments."""
+    model = load_model(folder, dtype=torch.float32)
+    asked = Asked(get_task("arithmetic"), get_task("arithmetic").problem("train", 0, 0), (0, 0))
+    sampled = [Trajectory([5, 6], [7 + i, 8], [True, True], [-1.0, -1.0], [-1.0, -1.0], True, 0) for i in range(2)]
+    group = Group(asked, sampled, ["", ""], [1.0, 0.0], [{"correct": 1.0}, {"correct": 0.0}])
+    for changes, counts in (({"loss": "mirror"}, [2, 2]), ({"loss": "grpo"}, [2, 4])):
+        o = options(problems=2, updates=2, **changes)
+        trainer = make_trainer(model, o, 0)
+        for expected in counts:
+            stage.learn(trainer, Harvest([group, group], [group, group], 1.0, 1.0), o, policy_loss(o.objective), 1e-3, None)
+            assert trainer.optimizer.steps == expected, changes
+
+
 def test_refilled_batches_have_a_signal_in_every_group(folder):
     o = options(no_signal="refill", refill_rounds=20, problems=4)
     model = load_model(folder, dtype=torch.float32)

@@ -353,8 +353,10 @@ def test_damaged_and_missing_files_are_named(tmp_path):
     (tmp_path / "cut.jsonl.gz").write_bytes((tmp_path / "all.jsonl.gz").read_bytes()[:-20])
     with pytest.raises(ValueError, match=r"cut.jsonl.gz: damaged or cut short"):
         get_task("math", path=str(tmp_path / "cut.jsonl.gz")).size("train")
-    with pytest.raises(ValueError, match="there is no file"):
+    with pytest.raises(ValueError, match=r"^task math: path: there is no file .*absent"):
         get_task("math", path=str(tmp_path / "absent.jsonl")).size("train")
+    with pytest.raises(ValueError, match=r"^task math: test_path: there is no file .*absent"):
+        get_task("math", path=str(tmp_path / "all.jsonl.gz"), test_path=str(tmp_path / "absent.jsonl")).size("test")
 
 
 # --- mathematics

@@ -184,8 +184,9 @@ def text_flops(recipe: Recipe, config: ModelConfig) -> float:
 
 
 def trains_all(options: Rl) -> bool:
-    """Whether groups without a signal are trained on, too: a pull to the reference needs none."""
-    return bool(options.kl_weight) and options.no_signal == "drop"
+    """Whether groups without a signal are trained on, too: a pull to the reference needs none, nor does mirror descent's to the policy that
+    sampled, once an update has left that."""
+    return options.no_signal == "drop" and bool(options.kl_weight or (options.loss == "mirror" and options.updates > 1))
 
 
 def silent_share(rates: dict[str, float]) -> float:

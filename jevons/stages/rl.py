@@ -37,7 +37,7 @@ from jevons.recipe import Recipe
 from jevons.run import Interrupt, Interrupted, Run
 from jevons.section import Rl
 from jevons.stages.classroom import Classroom, Harvest
-from jevons.stages.forecast import forecast, measured
+from jevons.stages.forecast import forecast, measured, trains_all
 from jevons.stages.origin import make_trainer, origin
 from jevons.stages.reference import Reference
 from jevons.stages.rehearsal import rehearse
@@ -195,7 +195,7 @@ def lessons(harvest: Harvest, options: Rl) -> list[tuple[list[Lesson], float]]:
     counted = harvest.groups if options.no_signal == "drop" else harvest.kept
     if not counted:
         return []
-    taught = counted if options.kl_weight else harvest.kept  # a pull to the reference needs no signal
+    taught = counted if trains_all(options) else harvest.kept
     advantages_PG = advantages(torch.tensor([group.rewards for group in counted]), options.advantage)
     whole = options.loss == "mirror"  # it squares sums over whole samples, so there is nothing to average inside one
     how = "token" if whole else options.aggregation

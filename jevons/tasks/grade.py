@@ -54,8 +54,8 @@ class Grader:
         self.failures += len(failures)
         if failures and self.failures > self.limit:
             raise ValueError(
-                f"task {self.task.name}: its verifier failed on {self.failures} answers, more than the {self.limit} allowed; "
-                f"the last: {failures[-1]}"
+                f"task {self.task.name}: its verifier hung or crashed on {self.failures} answers, more than the {self.limit} allowed "
+                f"(rl.verifier_failures); the last: {failures[-1]}"
             )
         return [Grade(0.0 if o.failure is not None else o.value, o.failure) for o in outcomes]
 

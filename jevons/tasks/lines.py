@@ -108,6 +108,8 @@ class Lines(Equipped):
         return lru_cache(2)(self._parsed)
 
     def _parsed(self, path: str) -> tuple[list[Row], list[str]]:
+        if not Path(path).is_file():
+            raise ValueError(f"task {self.name}: {'path' if path == self.path else 'test_path'}: there is no file {path}")
         rows, skipped = [], []
         for line, record in records(path):
             try:
@@ -142,9 +144,7 @@ def _option(split: Split) -> str:
 
 
 def records(path: str) -> Iterator[tuple[int, Any]]:
-    """Lines of a file with their numbers, empty ones left out. ValueError for a file that is absent, cut short or not JSON lines."""
-    if not Path(path).is_file():
-        raise ValueError(f"path: there is no file {path}")
+    """Lines of a file with their numbers, empty ones left out. ValueError for a file that is cut short or not JSON lines."""
     line = 1
     with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as stream:
         try:
