@@ -317,9 +317,15 @@ def test_a_stage_is_measured_before_its_model_is_there(stage, prepared, tmp_path
         assert plan.tokens == pytest.approx(25 * 8 * found.rates["length"], abs=1)  # a hundred twice, eight at a time
 
 
+@pytest.mark.parametrize("documents", [3, 20])
+def test_fine_tuning_of_fewer_steps_than_are_measured(documents, prepared, tmp_path, quick):
+    made = recipe(rl=None, sft={"documents": documents, "epochs": 1.0})  # one step and two and a half; three are measured
+    assert probe.measure(made.to_toml(), "sft", None, prepared, tmp_path).rates["step"] > 0
+
+
 @pytest.mark.parametrize("rewards", [[{"part": "correct"}], [{"part": "language"}]])
 def test_groups_that_agree_are_counted_in_the_runs_own_problems(rewards, prepared, tmp_path, quick, monkeypatch):
-    monkeypatch.setattr(probe, "SECONDS", 1e9)
+    monkeypatch.setattr(probe, "MOST", 1e9)
     monkeypatch.setattr(probe, "GROUPS", 10)
     made = recipe(rl={"rewards": rewards, "evaluate_every": 0, "sample_every": 0, "max_tokens": 12})
     files = companions(prepared / "tokenizer")

@@ -55,7 +55,7 @@ from jevons.train.trainer import Trainer
 
 SECONDS = 25.0  # of steps, at least
 STEPS = 24  # at least, unless they take longer than MOST: by then a process has most of the memory that it will have (docs/LOG.md)
-MOST = 45.0  # seconds, after which two steps have to do
+MOST = 45.0  # seconds, after which two steps have to do, or the groups sampled by then
 GROUPS = 64  # of reinforcement learning that are sampled at most, or a step's
 CHATS, HELD_OUT = 1000, 8  # of fine-tuning, that are tokenised and whose loss is measured
 WINDOWS = 16  # of held-out text
@@ -183,8 +183,10 @@ def _sft(recipe: Recipe, source: Path | None, prepared: Path | None, aside: Path
 
 
 def _tune(trainer: Trainer, chats: tuning.Conversations, recipe: Recipe, step: int) -> None:
+    """A step of the run; when those that are whole have all been taken, the first again: measuring may take longer than a short run."""
     assert recipe.sft is not None
-    tuning.train_step(trainer, chats, recipe.sft, recipe.seed, step, recipe.sft.lr)
+    whole = tuning.reads(chats, recipe.sft) // recipe.sft.batch_size
+    tuning.train_step(trainer, chats, recipe.sft, recipe.seed, step % max(1, whole), recipe.sft.lr)
 
 
 def _rl(recipe: Recipe, source: Path | None, prepared: Path | None, aside: Path, where: torch.device) -> tuple[str, dict[str, float]]:
@@ -240,9 +242,9 @@ def _rl(recipe: Recipe, source: Path | None, prepared: Path | None, aside: Path,
 class Updates:
     """Seconds of a step that trains: of a token, of what does not depend on tokens (the optimizer), and what the first took beyond that."""
 
-    token: float = 0.0
-    fixed: float = 0.0
-    warm: float = 0.0
+    token: float
+    fixed: float
+    warm: float
 
 
 def _practise(
@@ -253,12 +255,12 @@ def _practise(
     reference: Reference | None,
     where: torch.device,
 ) -> tuple[list[Harvest], Updates]:
-    """Steps of the run, sampled in its own order and by its own seeds, until GROUPS or SECONDS of them show how many groups teach. Then
+    """Steps of the run, sampled in its own order and by its own seeds, until GROUPS or MOST seconds of them show how many teach. Then
     updates at a learning rate of 0, so that nothing was learned: of one group, of it again, of as many as a step has. All of them train,
     with a signal or without, which is the same work.
     """
     harvests, sampled = list[Harvest](), 0.0
-    while not harvests or (len(harvests) < options.steps and sum(len(h.groups) for h in harvests) < GROUPS and sampled < SECONDS):
+    while not harvests or (len(harvests) < options.steps and sum(len(h.groups) for h in harvests) < GROUPS and sampled < MOST):
         classroom.engine.new_weights(len(harvests))
         harvests.append(classroom.collect(len(harvests), 0.0, lambda drawn: None))
         sampled += harvests[-1].seconds + harvests[-1].grading
