@@ -105,9 +105,6 @@ class Recipe(Section):
             raise ValueError(f"[model] {error}" if not str(error).startswith("model.") else str(error)) from error
         return self
 
-    def save(self, path: Path) -> None:
-        path.write_text(self.to_toml(), encoding="utf-8")
-
     def to_toml(self) -> str:
         """The resolved recipe: every default written out."""
         return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))

@@ -87,6 +87,16 @@ def test_mask_holds_exactly_what_the_assistant_writes(tokenizer):
     assert masked_runs(tokenizer, ids, mask) == ["Two.<|im_end|>"]
 
 
+def only_grows(template):
+    """Whether the prompt for turn k begins the rendering of k + 1 turns: what was cached for one is of use to the next."""
+    answer = Message("assistant", "Three.", reasoning="One and two.")
+    chat = [Message("user", "1+2?"), answer, Message("user", "Sure?"), answer]
+    return all(
+        template.render(chat[: k + 1]).startswith(template.render(chat[:k], add_generation_prompt=chat[k].role == "assistant"))
+        for k in range(1, len(chat))
+    )
+
+
 def test_spans_of_templates_that_rewrite_history():
     template = ChatTemplate(R1_TEMPLATE, bos_token="<Begin>")
     chat = [Message("user", "a"), Message("assistant", "<think>\nhm</think>\n\nb")]
@@ -95,7 +105,7 @@ def test_spans_of_templates_that_rewrite_history():
     assert text == "<Begin><User>a<Assistant>b<End><User><Assistant><Assistant>d<End>"
     assert [text[a:b] for a, b in spans] == ["b<End>", "d<End>"]
     assert template.generation_prompt == "<Assistant><think>\n"
-    assert not template.is_prefix_preserving()
+    assert not only_grows(template)
     # the opening tag is the prompt's where the rendering keeps it
     keeps = ChatTemplate(R1_TEMPLATE.replace(".split('</think>')[-1].lstrip('\n')", ""))
     text, spans = keeps.spans(chat[:2])
@@ -104,9 +114,9 @@ def test_spans_of_templates_that_rewrite_history():
 
 def test_prefix_property_of_default_template():
     template = ChatTemplate(DEFAULT_TEMPLATE)
-    assert template.is_prefix_preserving() and template.has_generation_prompt()
+    assert only_grows(template) and template.has_generation_prompt()
     drops = DEFAULT_TEMPLATE.replace("and message.reasoning_content", "and message.reasoning_content and loop.last")
-    assert not ChatTemplate(drops).is_prefix_preserving()
+    assert not only_grows(ChatTemplate(drops))
     assert not ChatTemplate("{% for m in messages %}{{ m.content }}{% endfor %}").has_generation_prompt()
 
 
@@ -257,7 +267,7 @@ def test_real_template_masks():
         "Two.<|im_end|>",  # the header's "\n" and the answer's "\n\n" are one token of this tokenizer
         "Bye<|im_end|>",
     ]
-    assert tokenizer.template.is_prefix_preserving()
+    assert only_grows(tokenizer.template)
     assert tokenizer.token_bytes()[tokenizer.encode("h\u00e9llo \u4f60")].sum() == len("h\u00e9llo \u4f60".encode())
 
 

@@ -14,7 +14,7 @@ import sqlalchemy as sql
 from sqlalchemy.exc import IntegrityError
 
 from jevons.cost.database import open_database
-from jevons.cost.receipt import Receipt, Totals, total
+from jevons.cost.receipt import Receipt
 
 RECEIPTS = sql.Table(
     "receipts",
@@ -67,10 +67,6 @@ class Ledger:
             query = query.where((RECEIPTS.c.run_id == run) | (RECEIPTS.c.run == run))
         with self.engine.connect() as connection:
             return [Receipt.from_dict({c.name: row[c.name] for c in RECEIPTS.columns}) for row in connection.execute(query).mappings()]
-
-    def totals(self, run: str | None = None) -> Totals:
-        """Sums over `rows(run)`."""
-        return total(self.rows(run))
 
     def close(self) -> None:
         """Give the connections back; SQLite then folds its write-ahead log into the file."""

@@ -203,31 +203,6 @@ class ChatTemplate:
     def has_generation_prompt(self) -> bool:
         return bool(self.generation_prompt)
 
-    def is_prefix_preserving(self) -> bool:
-        """Whether a conversation only grows at its end: the prompt for turn k begins the rendering of k + 1 turns.
-
-        Holds for reasoning and tool turns too, or not at all. Without it a turn sampled earlier is other tokens when it is read again:
-        prefix caches miss, and multi-turn reinforcement learning trains on tokens that nobody sampled.
-        """
-        call = {"id": "call00001", "type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": 2}}}
-        answer = Message("assistant", "Three.", reasoning="One and two.")
-        chat = [Message("user", "1+2?"), answer, Message("user", "Sure?"), answer]
-        tool_chat = [
-            chat[0],
-            replace(answer, content="", tool_calls=(call,)),
-            Message("tool", "3", tool_call_id="call00001", name="add"),
-            *chat[1:],
-        ]
-        try:
-            self.render(tool_chat)
-        except ValueError:  # no tools in this template, so no tool turn can break it
-            tool_chat = []
-        return all(
-            self.render(turns[: k + 1]).startswith(self.render(turns[:k], add_generation_prompt=turns[k].role == "assistant"))
-            for turns in (chat, tool_chat)
-            for k in range(1, len(turns))
-        )
-
     @cached_property
     def turn_end(self) -> str:
         """What ends an assistant's turn, usually one special token; "" for templates without."""
