@@ -232,6 +232,12 @@ def test_replies_split_and_render_back():
     assert parse_reply("say <think>") == Message("assistant", "say <think>")
 
 
+@pytest.mark.parametrize("arguments", ['{"a": ', "[" * 100_000, "1" * 5000], ids=["cut", "deep", "long"])
+def test_arguments_that_are_no_json_stay_as_they_are(arguments):
+    call = {"function": {"name": "f", "arguments": arguments}}
+    assert Message("assistant", tool_calls=(call,)).to_dict()["tool_calls"] == [call]
+
+
 def test_message_from_dict():
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     assert Message.from_dict({"role": "assistant", "content": parts, "reasoning_content": "r"}) == Message("assistant", "ab", "r")

@@ -252,7 +252,7 @@ def _with_parsed_arguments(call: dict[str, Any]) -> dict[str, Any]:
         return call
     try:
         inner = inner | {"arguments": json.loads(inner["arguments"])}
-    except json.JSONDecodeError:  # a model's malformed call in the history is shown to it as it was
+    except (ValueError, RecursionError):  # a model's malformed call in the history is shown to it as it was
         return call
     return call | {"function": inner} if "function" in call else inner
 
