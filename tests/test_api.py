@@ -466,6 +466,7 @@ def nested(depth):
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nothing"}}}}, "response_format"),
         ({"structured_outputs": {"choice": ["a"], "regex": "b"}}, "structured_outputs"),
         ({"structured_outputs": {"json": "{"}}, "structured_outputs"),
+        ({"structured_outputs": {"json": "[" * 10_000}}, "structured_outputs"),
         ({"structured_outputs": {"choice": ["a"]}, "response_format": {"type": "json_object"}}, "structured_outputs"),
         ({"reasoning_effort": "heroic"}, "reasoning_effort"),
         ({"thinking": {"type": "maybe"}}, "thinking.type"),

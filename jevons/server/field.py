@@ -78,6 +78,8 @@ class StructuredOutputs(Body):
             return grammar.grammar(value)
         except ValueError as error:
             raise refused(error, "structured_outputs") from error
+        except RecursionError as error:  # in a text: the body itself is bounded
+            raise APIError(400, "structured_outputs: is nested too deeply", param="structured_outputs") from error
 
 
 Stop = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}, {"type": "null"}]})]
