@@ -226,7 +226,7 @@ class Sampler:
         if left < 1 or len(t.prompt) + len(t.tokens) + len(between) >= self.engine.max_length:
             t.finished = False  # no room to answer
             return False
-        talk.before += self._text(talk).rstrip() + "".join(f"\n\n[{result.name}] {result.content}" for result in results) + "\n\n"
+        talk.before += self._text(talk).rstrip() + "".join(f"\n\n[{result.name}] {result.content.rstrip()}" for result in results) + "\n\n"
         t.tokens += between
         t.own += [False] * len(between)
         t.logps += [0.0] * len(between)
