@@ -473,11 +473,16 @@ def test_a_template_that_cannot_ask(runs, pretrained, capfd):
 
 
 @pytest.mark.slow
-def test_a_digit_sum_is_learned_from_rewards_alone(runs, pretrained):
-    """SPEC 2.5 (4): a model that guesses gains at least 30 points within minutes on one processor."""
-    changes = ["rl.steps=500", "rl.problems=8", "rl.group=16", "rl.lr=1e-3", "rl.evaluate_every=500", "rl.save_every=0"]
+def test_a_digit_sum_is_learned_from_rewards_alone(pretrained, tmp_path):
+    """SPEC 2.5 (4): a model that guesses gains at least 30 points within minutes on one processor.
+
+    It has seen half as many sums as the others here, which answer every second one before they begin.
+    """
+    runs, changes = tmp_path / "runs", ["pretrain.steps=100", "rl.steps=500", "rl.problems=8", "rl.group=16", "rl.lr=1e-3"]
+    arguments = ["run", pretrained / "tiny.toml", *changes, "rl.evaluate_every=500", "rl.save_every=0", "--runs", runs]
+    assert main([*arguments, "--stage", "prepare"]) == main([*arguments, "--stage", "pretrain"]) == 0
     start = time.process_time()
-    assert main(["run", pretrained / "tiny.toml", *changes, "--runs", runs]) == 0
+    assert main(arguments) == 0
     assert time.process_time() - start < 120
     steps = [row["accuracy"] for row in rows(runs) if "accuracy" in row]
     first, last = sum(steps[:10]) / 10, sum(steps[-10:]) / 10
