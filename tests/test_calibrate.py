@@ -25,6 +25,7 @@ from jevons.stages import calibrate, forecast, life, pace, probe
 from jevons.stages.plan import Options, make_plan
 from jevons.stages.traffic import Traffic, serve_arguments
 from jevons.train import device
+from jevons.train.lora import adapters
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -321,6 +322,13 @@ def test_a_stage_is_measured_before_its_model_is_there(stage, prepared, tmp_path
 def test_fine_tuning_of_fewer_steps_than_are_measured(documents, prepared, tmp_path, quick):
     made = recipe(rl=None, sft={"documents": documents, "epochs": 1.0})  # one step and two and a half; three are measured
     assert probe.measure(made.to_toml(), "sft", None, prepared, tmp_path).rates["step"] > 0
+
+
+def test_adapters_are_merged_as_at_the_end_of_the_stage(prepared, tmp_path, quick, monkeypatch):
+    seen, merge = [], probe.merge
+    monkeypatch.setattr(probe, "merge", lambda model: seen.append(model) or merge(model))
+    probe.measure(recipe(rl=None, sft={"lora": {"rank": 2}}).to_toml(), "sft", None, prepared, tmp_path)
+    assert len(seen) == 1 and not list(adapters(seen[0]))
 
 
 @pytest.mark.parametrize("rewards", [[{"part": "correct"}], [{"part": "language"}]])

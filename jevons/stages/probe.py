@@ -49,6 +49,7 @@ from jevons.tasks.grade import Grader
 from jevons.train import device
 from jevons.train.conversation import validation_loss as chat_loss
 from jevons.train.corpus import validation_loss
+from jevons.train.lora import merge
 from jevons.train.loss import Loss
 from jevons.train.policy import policy_loss
 from jevons.train.trainer import Trainer
@@ -347,7 +348,9 @@ _STAGES = {"pretrain": _pretrain, "sft": _sft, "rl": _rl, "evaluate": _evaluate}
 
 
 def _writing(trainer: Trainer, aside: Path) -> dict[str, float]:
-    """Seconds of a checkpoint and of the model alone, by the rate at which a part of it reaches the disk."""
+    """Seconds of a checkpoint and of the model alone, by the rate at which a part of it reaches the disk; adapters are merged, which
+    takes a second copy of the weights that have any.
+    """
     state, part, size = trainer.optimizer.state(), {}, 0
     for name, tensor in state.items():
         part[name] = tensor
@@ -360,4 +363,7 @@ def _writing(trainer: Trainer, aside: Path) -> dict[str, float]:
     rate = clock.lap() / size
     weights = sum(t.nbytes for _, t in trainer.weights())
     moments = trainer.optimizer.bytes_to_come()
-    return {"checkpoint": rate * (weights + sum(t.nbytes for t in state.values()) + moments), "finish": rate * weights}
+    clock.lap()
+    merge(trainer.model)
+    finish = rate * weights + clock.lap()
+    return {"checkpoint": rate * (weights + sum(t.nbytes for t in state.values()) + moments), "finish": finish}
