@@ -663,6 +663,17 @@ def test_text_is_learned(tmp_path, recipe, jevons_):
     assert documents["train"] | documents["validation"] == set(TEXTS)
 
 
+def test_of_a_few_books_one_is_held_out(tmp_path, recipe, jevons_):
+    for i in range(5):  # of which a share of 1 % would be none
+        (tmp_path / f"{i}.txt").write_text("".join(TEXTS[80 * i : 80 * (i + 1)]))
+    arguments = [*text_recipe(tmp_path, []), f"prepare.sources=['{tmp_path}/*.txt']", "prepare.validation_share=0.00001"]
+    code, _, err = jevons_("run", recipe, "--runs", tmp_path / "runs", "--stage", "prepare", *arguments)
+    assert code == 0, err
+    folder = tmp_path / "runs/tiny/prepare"
+    counts = [json.loads((folder / split / "manifest.json").read_text())["documents"] for split in ("train", "validation")]
+    assert counts == [4, 1]
+
+
 def test_bad_lines_are_reported_with_their_numbers(tmp_path, recipe, jevons_):
     lines = [json.dumps({"text": t}) for t in TEXTS]
     for number, line in {4: "", 9: '{"text": ', 17: '{"[/bold]": 1}', 30: '{"text": 5}'}.items():
@@ -685,8 +696,8 @@ def test_bad_lines_are_reported_with_their_numbers(tmp_path, recipe, jevons_):
     [
         (None, ["prepare.sources=['nowhere.jsonl']"], "nowhere.jsonl: no text found there"),
         (TEXTS[:1], ["prepare.field=body"], "no documents to write"),
-        (TEXTS[:1], [], "none of their documents fell into validation; give more documents (a .txt file is one)"),
-        (TEXTS[:1], ["prepare.loss_on=assistant"], "text.jsonl:1: plain text has no assistant"),
+        (TEXTS[:1], [], "none of their documents fell into train; give more documents (a .txt file is one)"),
+        (TEXTS[:2], ["prepare.loss_on=assistant"], ": plain text has no assistant"),
         (TEXTS[:40], ["pretrain.sequence_length=128", "pretrain.batch_size=2", "prepare.validation_share=0.49"], None),
         (TEXTS[:12], ["pretrain.sequence_length=128", "prepare.validation_share=0.49"], "prepare more text or shorten sequence_length"),
         (TEXTS, ["model.vocab_size=200"], "vocab_size: must be at least 256 + 5"),

@@ -105,10 +105,6 @@ class Option:
     passes: float | None  # over the text at hand; None where its size was not said
     cramped: bool  # whether the devices' memory made it smaller than the budget would train best
 
-    @property
-    def tokens_per_parameter(self) -> float:
-        return self.tokens / self.parameters.active_without_embedding
-
     def model(self) -> dict[str, object]:
         """A recipe's [model]."""
         return shape.fields(self.config)

@@ -64,6 +64,18 @@ def held_out_count(options: Sft, documents: int) -> int:
     return min(options.validation_documents, max(1, round(documents * share))) if share else 0
 
 
+def reads(chats: int, options: Sft) -> int:
+    """How many conversations are read, all epochs together: the last step takes what is left of them."""
+    return max(1, round(chats * options.epochs))
+
+
+def validates(chats: int, options: Sft, step: int) -> bool:
+    """Whether the validation loss is due after so many steps: every so many, else after the step in which an epoch ends."""
+    if options.evaluate_every:
+        return step % options.evaluate_every == 0
+    return step * options.batch_size // chats > (step - 1) * options.batch_size // chats
+
+
 def measured(recipe: Recipe, stage: str, config: ModelConfig, profile: Profile | None) -> Entry | None:
     """What was measured of a stage of this recipe, if anything was that still holds."""
     if profile is None or stage not in KIND:
@@ -155,12 +167,14 @@ def _sft(options: Sft, config: ModelConfig, rates: dict[str, float]) -> tuple[in
     kept = round(documents * rates["kept"])
     held = held_out_count(options, documents if options.tasks else kept)
     chats = kept if options.tasks else kept - held  # tasks have problems of their own to hold out
-    steps, per_epoch = ceil(chats * options.epochs / options.batch_size), ceil(chats / options.batch_size)
+    count = reads(chats, options)
+    steps = ceil(count / options.batch_size)
     written = documents + (held if options.tasks else 0)
     seconds = rates["start"] + written * rates["tokenise"] + steps * rates["step"] + rates["finish"]
-    seconds += (1 + times(options.evaluate_every or per_epoch, steps)) * held * rates["validation"]
+    validations = 1 + sum(step == steps or validates(chats, options, step) for step in range(1, steps + 1))
+    seconds += validations * held * rates["validation"]
     seconds += 2 * rates["sample"] + times(options.save_every, steps) * rates["checkpoint"]
-    tokens = round(steps * options.batch_size * rates["length"])
+    tokens = round(count * rates["length"])
     return tokens, tokens * token_flops(config, options, rates["length"]), seconds
 
 

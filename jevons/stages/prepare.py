@@ -37,6 +37,7 @@ def prepare(run: Run, recipe: Recipe, interrupt: Interrupt) -> None:
     folder = run.stage_folder("prepare")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
+    below = _below(options)
     bad = {"train": BadLines(limit=options.bad_lines), "validation": BadLines(limit=options.bad_lines)}
     manifests = {}
     with run.spend("prepare") as spending:
@@ -56,7 +57,7 @@ def prepare(run: Run, recipe: Recipe, interrupt: Interrupt) -> None:
                     meter.update(documents, f"{tokens:,} tokens")
 
                 manifests[split] = write_shards(
-                    _split(options, recipe.seed, split, bad[split]),
+                    _split(options, recipe.seed, split, below, bad[split]),
                     folder / "tokenizer",
                     folder / split,
                     processes=options.processes,
@@ -73,7 +74,7 @@ def prepare(run: Run, recipe: Recipe, interrupt: Interrupt) -> None:
 
 
 def _train_tokenizer(options: Prepare, recipe: Recipe) -> Tokenizer:
-    documents = _split(options, recipe.seed, "train", BadLines(limit=options.bad_lines))
+    documents = _split(options, recipe.seed, "train", _below(options), BadLines(limit=options.bad_lines))
     return train_bpe(_texts(documents), recipe.config().vocab_size)
 
 
@@ -97,16 +98,26 @@ def _expected(options: Prepare, split: str) -> int | None:
     return options.documents if split == "train" else max(1, round(options.documents * options.validation_share))
 
 
-def _split(options: Prepare, seed: int, split: str, bad: BadLines) -> Iterator[Document]:
+def _below(options: Prepare) -> float:
+    """Documents of sources whose hash is below this are held out. Of a few none might be, so then it is the one with the lowest."""
+    below, lowest = options.validation_share * 1_000_000, 1_000_000
+    if options.tasks:
+        return below  # whose problems have splits of their own
+    for document in read_documents(options.sources, field=options.field, bad=BadLines(limit=options.bad_lines)):
+        if (lowest := min(lowest, _hash(document))) < below:
+            return below
+    return lowest + 1
+
+
+def _split(options: Prepare, seed: int, split: str, below: float, bad: BadLines) -> Iterator[Document]:
     """The documents of one split. Of sources, a document's own text decides which split it is in; tasks have disjoint problems for each."""
     if options.tasks:
         count = _expected(options, split)
         yield from itertools.islice(problems(options.tasks, "train" if split == "train" else "test", seed), count)
         return
-    per_million = options.validation_share * 1_000_000
     empty = True
     for document in read_documents(options.sources, field=options.field, bad=bad):
-        if (_hash(document) % 1_000_000 < per_million) == (split == "validation"):
+        if (_hash(document) < below) == (split == "validation"):
             empty = False
             yield document
     if empty and not bad.empty + bad.malformed:
@@ -117,8 +128,9 @@ def _split(options: Prepare, seed: int, split: str, bad: BadLines) -> Iterator[D
 
 
 def _hash(document: Document) -> int:
+    """Below a million, by what it says."""
     text = document.text if document.text is not None else "\n".join(m.content for m in document.messages or ())
-    return zlib.crc32(text.encode())
+    return zlib.crc32(text.encode()) % 1_000_000
 
 
 def problems(mixes: tuple[TaskMix, ...], split: Split, seed: int) -> Iterator[Document]:

@@ -38,7 +38,7 @@ from jevons.stages import pretrain as pretraining
 from jevons.stages import sft as tuning
 from jevons.stages.classroom import Classroom, Harvest
 from jevons.stages.exam import Exam
-from jevons.stages.forecast import ANSWER, KIND, shape, trains_all
+from jevons.stages.forecast import ANSWER, KIND, reads, shape, trains_all
 from jevons.stages.origin import make_trainer
 from jevons.stages.reference import Reference
 from jevons.stages.rehearsal import rehearse
@@ -186,7 +186,7 @@ def _sft(recipe: Recipe, source: Path | None, prepared: Path | None, aside: Path
 def _tune(trainer: Trainer, chats: tuning.Conversations, recipe: Recipe, step: int) -> None:
     """A step of the run; when those that are whole have all been taken, the first again: measuring may take longer than a short run."""
     assert recipe.sft is not None
-    whole = tuning.reads(chats, recipe.sft) // recipe.sft.batch_size
+    whole = reads(len(chats), recipe.sft) // recipe.sft.batch_size
     tuning.train_step(trainer, chats, recipe.sft, recipe.seed, step % max(1, whole), recipe.sft.lr)
 
 

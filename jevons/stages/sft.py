@@ -36,7 +36,7 @@ from jevons.progress import Meter
 from jevons.recipe import Recipe
 from jevons.run import Interrupt, Interrupted, Run, Spending
 from jevons.section import Sft
-from jevons.stages.forecast import forecast, held_out_count, measured, token_flops
+from jevons.stages.forecast import forecast, held_out_count, measured, reads, token_flops, validates
 from jevons.stages.origin import make_trainer, origin
 from jevons.stages.prepare import problems
 from jevons.stages.result import save_result
@@ -82,7 +82,7 @@ def sft(run: Run, recipe: Recipe, interrupt: Interrupt) -> None:
         chats, held_out = read_chats(options, recipe.seed, tokenizer, work)
         model = load_model(source, dtype=getattr(torch, recipe.dtype), device=where)
         trainer = make_trainer(model, options, recipe.seed)
-        count = reads(chats, options)
+        count = reads(len(chats), options)
         steps = ceil(count / options.batch_size)
         schedule = build(
             options.schedule,
@@ -120,7 +120,7 @@ def sft(run: Run, recipe: Recipe, interrupt: Interrupt) -> None:
                 metrics, norm = train_step(trainer, chats, options, recipe.seed, state.step, lr)
                 state.step, state.tokens = state.step + 1, state.tokens + metrics.tokens
                 last = state.step == steps
-                if last or validates(chats, options, state.step):
+                if last or validates(len(chats), options, state.step):
                     _validate(run, model, held_out, options, state, work)
                 last = last or _stopped(state, options)
                 epoch = min(state.step * options.batch_size, count) / len(chats)
@@ -213,22 +213,10 @@ def read_chats(options: Sft, seed: int, tokenizer: Tokenizer, work: Path) -> tup
     return train.split(count, seed)
 
 
-def reads(chats: Conversations, options: Sft) -> int:
-    """How many conversations are read, all epochs together: the last step takes what is left of them."""
-    return max(1, round(len(chats) * options.epochs))
-
-
-def validates(chats: Conversations, options: Sft, step: int) -> bool:
-    """Whether the validation loss is due after so many steps: every so many, else after the step in which an epoch ends."""
-    if options.evaluate_every:
-        return step % options.evaluate_every == 0
-    return step * options.batch_size // len(chats) > (step - 1) * options.batch_size // len(chats)
-
-
 def train_step(trainer: Trainer, chats: Conversations, options: Sft, seed: int, step: int, lr: float) -> tuple[Metrics, float]:
     """One optimizer step. FloatingPointError names step and conversations where a loss or gradient is not finite."""
     first = step * options.batch_size
-    indices = chats.chosen(first, min(options.batch_size, reads(chats, options) - first), seed)
+    indices = chats.chosen(first, min(options.batch_size, reads(len(chats), options) - first), seed)
     try:
         metrics = trainer.forward_backward(list(chats.batches(indices, options.micro_batch_tokens)), answer_token)
         return metrics, trainer.step(lr)
@@ -300,7 +288,7 @@ def _plan(
         seconds = time.perf_counter() - start
         trainer.optimizer.clear()
     tokens, steps = round(count * chats.num_tokens / len(chats)), ceil(count / options.batch_size)
-    validations = 1 + sum(step == steps or validates(chats, options, step) for step in range(1, steps + 1))
+    validations = 1 + sum(step == steps or validates(len(chats), options, step) for step in range(1, steps + 1))
     total = spent + seconds / batch.num_tokens * (tokens + validations * held_out.num_tokens / 3)
     memory = device.peak_memory(trainer.device) + trainer.optimizer.bytes_to_come()
     return Plan(tokens=tokens, flops=tokens * flops, seconds=total, money=total / 3600 * price, memory=memory)
