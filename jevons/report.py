@@ -162,7 +162,7 @@ def draw_receipt(receipt: dict[str, Any], title: str = "Receipt") -> str:
             values = [value or None for value in values]  # where none are counted
         for stage, value in zip(stages, values):
             plan = (stage.get("planned") or {}).get(key)
-            word = "at most" if (stage.get("planned") or {}).get("bound") else "planned"
+            word = "at most" if (stage.get("planned") or {}).get("bound") and key != "memory" else "planned"
             planned = f"<small>{word} {escape(show(plan))}{_difference(stage, key)}</small>" if plan is not None else ""
             cells += f"<td>{escape(show(value)) if value is not None else '&ndash;'}{planned}</td>"
         total = receipt["total"].get(key, sum(v for v in values if v is not None) if key in ("tokens", "flops") else None)

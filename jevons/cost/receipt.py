@@ -24,7 +24,7 @@ class Plan:
     seconds: float  # wall clock
     money: float
     memory: int | None = None  # peak bytes of one device; None where nobody planned it
-    bound: bool = False  # the most that it can come to, not what is expected: nothing to be measured against
+    bound: bool = False  # the most that it can come to, not what is expected: nothing to be measured against, but for memory
 
 
 AMOUNTS = ("tokens", "flops", "seconds", "money", "memory")  # what of a plan can be compared
@@ -78,8 +78,8 @@ class Receipt:
 
     def difference(self, name: str) -> float | None:
         """How much more than planned a field of the plan came to, as a share: 0.1 is a tenth more. None before the stage has ended, and
-        where the plan is a bound."""
-        if self.planned and self.planned.bound:
+        where the plan is a bound. Memory is none: a process grows beyond what its longest step took."""
+        if self.planned and self.planned.bound and name != "memory":
             return None
         planned, actual = getattr(self.planned, name, None), getattr(self, name)
         return actual / planned - 1 if self.finished is not None and planned and actual is not None else None
@@ -164,6 +164,7 @@ def render(receipts: Iterable[Receipt]) -> Table:
         if plan := r.planned:
             cells = numbers(plan, plan.memory, plan.seconds * r.device_count / 3600)
             word = "at most" if plan.bound else "planned"
+            cells[3] = f"~{cells[3]}" if plan.bound and plan.memory is not None else cells[3]
             table.add_row(*(word if key == "stage" else "" for key in text_columns), *cells, style="dim")
             fields = {"tokens": "tokens", "time": "seconds", "FLOPs": "flops", "memory": "memory", "money": "money"}
             shares = [r.difference(fields[head]) if head in fields else None for head in heads]
